@@ -1,0 +1,402 @@
+"""What every stage repeats, once: errors for people, config, process group, seeds, schedule, checkpoint, log.
+
+A stage script uses these in the order they stand here. Nothing in this file knows the method.
+"""
+
+import argparse
+import difflib
+import errno
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------ errors for people
+
+
+class UserError(Exception):
+    """Something the user can mend. The message is one line: what, where, what to do. Exit code 2."""
+
+
+def run_stage(main):
+    """Call `main()`; turn a UserError or a full disk into one line on stderr and exit code 2."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except UserError as error:
+        # A DataLoader worker wraps the message in a traceback; the message itself is the last line.
+        fail(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        fail(f"disk full while writing {error.filename or 'the run folder'}: free space, then run the same command")
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+def fail(message):
+    """Print one line and leave at once: other ranks may be inside a collective, so no tidy farewell to them."""
+    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"{rank}error: {message}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(2)
+
+
+# ----------------------------------------------------------------------------------------------------------- config
+
+
+class Key(NamedTuple):
+    """One config key. The default's type is the key's type; a default of None means "text, or nothing"."""
+
+    default: object
+    meaning: str
+    origin: str = "ours"  # [paper] [HAP] [MAE] [StableRep] [silent] ... as the method's description marks them
+    choices: tuple = ()
+    low: float = -math.inf  # inclusive bounds for numbers (and for each number of a list)
+    high: float = math.inf
+    of: type = str  # element type of a list
+    free: bool = False  # may differ between a run and its resumption (changes no result)
+
+
+def read_config(keys, doc, argv=None):
+    """`--cfg file.yaml key=value ...` → namespace with every key of `keys` (name → Key).
+
+    Order: defaults, then the YAML file, then the command line. `--help` prints `doc` and the table of keys.
+    Raises UserError for unknown keys, wrong types and impossible values. Touches no file but the YAML.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        description=doc + "\n\nkeys (key=value on the command line, key: value in the YAML):\n" + describe(keys),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.error = lambda message: fail(message + "; usage: STAGE.py --cfg configs/x.yaml key=value ...")
+    parser.add_argument("--cfg", help="a flat YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_args(argv)
+
+    values = {name: key.default for name, key in keys.items()}
+    for where, pairs in ((args.cfg, read_yaml(args.cfg)), ("the command line", split_overrides(args.overrides))):
+        for name, value in pairs.items():
+            if name not in keys:
+                near = difflib.get_close_matches(str(name), keys, n=1, cutoff=0.0)[0]
+                raise UserError(f'unknown key "{name}" in {where}; nearest valid key: {near}')
+            values[name] = checked(name, value, keys[name], where)
+    return SimpleNamespace(**values)
+
+
+def describe(keys):
+    lines = [f"  {name}: {key.meaning} (default {key.default!r}; {key.origin})" for name, key in keys.items()]
+    return "\n".join(line.replace("%", "%%") for line in lines)
+
+
+def read_yaml(path):
+    if path is None:
+        return {}
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read config {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"config {path} must hold `key: value` lines")
+    return values
+
+
+def split_overrides(overrides):
+    pairs = {}
+    for item in overrides:
+        name, equals, text = item.partition("=")
+        if not equals:
+            raise UserError(f'"{item}" on the command line is not key=value')
+        pairs[name] = text
+    return pairs
+
+
+def checked(name, value, key, where):
+    """Coerce `value` (YAML object or command-line text) to the type of the key's default, or raise UserError."""
+
+    def wrong(expected):
+        return UserError(f"key {name} in {where} must be {expected}, not {value!r}")
+
+    def scalar(item, kind):
+        if kind is str:
+            if isinstance(item, (dict, list)):
+                raise wrong("text")
+            return str(item)
+        if isinstance(item, str):
+            try:
+                item = float(item) if kind is float else yaml.safe_load(item)
+            except (ValueError, yaml.YAMLError):
+                raise wrong("a number" if kind is not bool else "true or false") from None
+        if kind is bool:
+            if not isinstance(item, bool):
+                raise wrong("true or false")
+            return item
+        if isinstance(item, bool) or not isinstance(item, (int, float)) or (kind is int and item != int(item)):
+            raise wrong("a whole number" if kind is int else "a number")
+        if not key.low <= item <= key.high:
+            raise wrong(f"between {key.low} and {key.high}" if key.high < math.inf else f"at least {key.low}")
+        return kind(item)
+
+    if isinstance(key.default, list):
+        if isinstance(value, str):  # key=a,b,c or key=[a, b, c]
+            value = [part.strip() for part in value.strip("[] ").split(",") if part.strip()]
+        return [scalar(item, key.of) for item in (value if isinstance(value, list) else [value])]
+    if key.default is None:
+        return None if value is None or value in ("", "null", "none") else scalar(value, str)
+    value = scalar(value, type(key.default))
+    if key.choices and value not in key.choices:
+        raise wrong("one of " + ", ".join(map(str, key.choices)))
+    return value
+
+
+# --------------------------------------------------------------------------------------- process group and devices
+
+
+def start_ranks(device="auto"):
+    """Join torchrun's process group if there is one. → (rank, world, device); NCCL on CUDA, gloo on the CPU."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            raise UserError("device=cuda but no CUDA device is visible; use device=cpu")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return rank, world, torch.device(device)
+
+
+def autocast(device, precision):
+    """float32 → no-op; bf16 → autocast without a scaler (fp16 is not offered: MAE's and BEiT's users met NaN)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather_rows(rows, world):
+    """Python objects of all ranks, as one flat list on every rank, in rank order. For evaluation, not for gradients."""
+    if world == 1:
+        return list(rows)
+    parts = [None] * world
+    dist.all_gather_object(parts, list(rows))
+    return [row for part in parts for row in part]
+
+
+# ------------------------------------------------------------------------------------------------ seeds and schedule
+
+
+def seed_of(*key):
+    """A 63-bit seed from whole numbers, e.g. (seed, epoch, index): equal keys equal seeds, other keys unrelated."""
+    return int(np.random.SeedSequence([int(k) & 0xFFFFFFFF for k in key]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def seed_all(*key):
+    """Seed Python's `random`, NumPy and torch from whole numbers such as (seed, epoch, index)."""
+    seed = seed_of(*key)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.manual_seed(seed)
+
+
+def generator_of(*key, device="cpu"):
+    return torch.Generator(device=device).manual_seed(seed_of(*key))
+
+
+def rank_rows(world_rows, rank, world):
+    """This rank's slice of something made for the whole global batch: first dimension ÷ world, in rank order."""
+    n = len(world_rows) // world
+    return world_rows[rank * n : (rank + 1) * n]
+
+
+def learning_rate(step, total, warmup, peak, floor=0.0, kind="cosine", milestones=()):
+    """Learning rate of `step` (0-based) of `total`: linear warm-up that is never 0, then cosine or step decay.
+
+    kind "cosine": from `peak` towards `floor` after the last step. kind "step": × 0.1 at each milestone (step number).
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if kind == "step":
+        return peak * 0.1 ** sum(step >= m for m in milestones)
+    progress = (step - warmup) / max(1, total - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def parameter_groups(model, weight_decay, layer_decay=1.0, layer_of=None, n_layers=0):
+    """AdamW groups: no decay on 1-D parameters, tokens and positions; lr_scale = layer_decay^(n_layers − layer).
+
+    layer_of(name) → 0 (embeddings) .. n_layers (the rest). Frozen parameters are left out.
+    """
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1].endswith(("token", "pos_embed"))
+        scale = layer_decay ** (n_layers - layer_of(name)) if layer_of else 1.0
+        group = groups.setdefault((plain, scale), {"params": [], "lr_scale": scale})
+        group["weight_decay"] = 0.0 if plain else weight_decay
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
+# ------------------------------------------------------------------------------------------- run folder, checkpoints
+
+
+def open_run(cfg, keys, rank=0):
+    """Make or re-enter the run folder `cfg.out`. → "new", "resume" or "finished".
+
+    Never overwrites: a folder with another config, or with other things in it, is an error that says what differs.
+    Only rank 0 writes; call it before anything else is written.
+    """
+    out = Path(cfg.out)
+    values = {name: getattr(cfg, name) for name in keys}
+    if (out / "config.yaml").exists():
+        old = read_yaml(out / "config.yaml")
+        names = [n for n in values if n not in keys or not keys[n].free]
+        differs = [f"{n} {old.get(n)!r} -> {values[n]!r}" for n in names if old.get(n) != values[n]]
+        if differs:
+            raise UserError(f"{out} holds a run with another config ({'; '.join(differs)}); choose another out=")
+        state = "finished" if (out / "done").exists() else "resume"
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not a run of this project; choose another out=")
+    else:
+        state = "new"
+    barrier()  # every rank has looked before rank 0 writes
+    if state == "new" and rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / "config.yaml", lambda path: path.write_text(yaml.safe_dump(values, sort_keys=False)))
+    barrier()
+    return state
+
+
+def write_atomic(path, write):
+    """`write(temporary path)`, flush to disk, rename to `path`: after a kill or a full disk the old file is whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        # torch and safetensors wrap a failed write in errors of their own, so the disk itself is asked too.
+        if full or not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < 64 << 20:
+            raise UserError(f"disk full while writing {path}; the previous one is untouched") from None
+        raise
+
+
+def save_checkpoint(path, **state):
+    """Tensors and plain Python values only, so that it loads with weights_only=True."""
+    write_atomic(path, lambda part: torch.save(state, part))
+
+
+def load_checkpoint(path):
+    """Read a .pt/.pth (weights_only: a stranger's pickle never runs code) or .safetensors file onto the CPU."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and HAP store their arguments beside
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile, pickle and safetensors each raise their own kinds
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{path} is cut short, damaged or holds more than tensors: {reason}") from None
+
+
+def load_weights(module, state, path):
+    """Strict load_state_dict with one clear line instead of torch's page."""
+    own = module.state_dict()
+    for name in sorted(set(own) | set(state)):
+        if name not in state or name not in own:
+            raise UserError(f"{path}: weight {name} is {'missing' if name not in state else 'not of this model'}")
+        if own[name].shape != state[name].shape:
+            raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}, model {tuple(own[name].shape)}")
+    module.load_state_dict(state)
+
+
+def save_encoder(path, module, **meta):
+    """Weights only, plain names; `meta` (str values) tells a fork the size and input of the encoder."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    write_atomic(path, lambda part: save_file(tensors, part, metadata={k: str(v) for k, v in meta.items()}))
+
+
+# --------------------------------------------------------------------------------------------------------------- log
+
+
+class Log:
+    """log.jsonl (one JSON line per logged step, for programs) and a progress bar on stderr (for people), rank 0 only.
+
+    On resume, lines after `step` (written after the last checkpoint, before the kill) are dropped.
+    """
+
+    def __init__(self, out, total, step, rank, title):
+        self.file, self.bar, self.rank = None, None, rank
+        self.last = (time.perf_counter(), step)
+        if rank:
+            return
+        path = Path(out) / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= step]
+        write_atomic(path, lambda part: part.write_text("".join(line + "\n" for line in kept)))
+        self.file = open(path, "a", encoding="utf-8")
+        self.bar = tqdm(total=total, initial=step, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0)
+
+    def advance(self):
+        if self.bar is not None:
+            self.bar.update(1)
+
+    def rate(self, step, batch):
+        """Pictures per second since the last call."""
+        now, (then, before) = time.perf_counter(), self.last
+        self.last = (now, step)
+        return batch * (step - before) / max(now - then, 1e-9)
+
+    def write(self, shown=(), **row):
+        """One line; the names in `shown` also stand beside the progress bar."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        self.file.flush()
+        self.bar.set_postfix({name: f"{row[name]:.4g}" for name in shown}, refresh=False)
+
+    def say(self, text):
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stderr)
+
+    def close(self):
+        if self.file is not None:
+            self.file.close()
+            self.bar.close()
