@@ -388,7 +388,9 @@ class Log:
         """One line; the names in `shown` also stand beside the progress bar."""
         if self.file is None:
             return
-        self.file.write(json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+        self.file.write(
+            json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n"
+        )
         self.file.flush()
         self.bar.set_postfix({name: f"{row[name]:.4g}" for name in shown}, refresh=False)
 

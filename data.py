@@ -1,0 +1,502 @@
+"""Pictures of people: COCO keypoint files, crops and augmentation, part-guided masks, batches of whole pose groups.
+
+Legend: B pictures on this rank · N patches · K joints · P pictures per pose · H, W picture · h, w patch grid.
+Frame: `*_px` coordinates count pixels with centres at whole numbers (COCO's frame); boxes are x, y, w, h in px.
+A sample is a function of (seed, epoch, index) alone: worker count and world size change nothing.
+"""
+
+import json
+from array import array
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms import RandomResizedCrop, v2
+
+from common import UserError, seed_all
+
+COCO_JOINTS = (
+    "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
+    "right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle"
+).split()
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # [MAE] [HAP]
+
+
+def normalize(pictures):
+    """uint8 (B, 3, H, W) → float32, ImageNet mean 0 and standard deviation 1. Runs on the pictures' device."""
+    mean = torch.tensor(IMAGENET_MEAN, device=pictures.device).view(3, 1, 1) * 255
+    std = torch.tensor(IMAGENET_STD, device=pictures.device).view(3, 1, 1) * 255
+    return (pictures.float() - mean) / std
+
+
+# ---------------------------------------------------------------------------------------------- COCO keypoint files
+
+
+class People(NamedTuple):
+    """N annotated people as flat arrays, so that 600 k of them cost little memory and forked workers share them."""
+
+    folder: str  # picture folder
+    files: np.ndarray  # (N,) bytes, path below `folder`
+    size: np.ndarray  # (N, 2) int32, width and height of the picture
+    boxes: np.ndarray  # (N, 4) float32, x y w h px, inside the picture
+    keypoints: np.ndarray  # (N, K, 3) float32, x y px and 0 missing / 1 hidden / 2 visible
+    pose_id: np.ndarray  # (N,) int64, pictures of one pose share it; -1 = no pose group
+    annotation_id: np.ndarray  # (N,) int64
+    image_id: np.ndarray  # (N,) int64
+    area: np.ndarray  # (N,) float32 px²
+    joints: list  # K joint names
+    skeleton: list  # 0-based pairs of joints; pairs outside 0..K-1 (CrowdPose's file has some) are dropped
+    flip: list  # K joint ids with left and right swapped
+    category: dict  # the category as read
+
+    def take(self, rows):
+        """The same with only these rows (ids or bool mask)."""
+        return self._replace(**{name: value[rows] for name, value in self._asdict().items() if _is_column(value)})
+
+
+def _is_column(value):
+    return isinstance(value, np.ndarray)
+
+
+def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_pictures=True):
+    """Read a COCO keypoint JSON with any joint set. `folder` defaults to `images` beside it, or else its own folder.
+
+    Crowd annotations and people with fewer than `min_joints` joints are left out. Missing, empty or truncated pictures
+    are an error that names the first; with `max_bad` > 0 up to that many are left out instead.
+    → (People, {"bad": [names left out], "clipped": boxes cut to their picture}).
+    Raises UserError: not such a file, ids that do not match, a wrong keypoint count, a box outside its picture.
+    """
+    path = Path(annotations)
+    images, rows, document = _parse_coco(path)
+    category = _person_category(document, path)
+    joints = [name.lower().replace(" ", "_") for name in category["keypoints"]]
+    n, k = len(rows["id"]), len(joints)
+    if n == 0:
+        raise UserError(f"{path} holds no person annotations")
+    for a, count in enumerate(rows["count"]):
+        if count != 3 * k:
+            raise UserError(
+                f"{path}: annotation {rows['id'][a]} has {count} keypoint values, its category's {k} joints need {3 * k}"
+            )
+    keypoints = np.frombuffer(rows["keypoints"], np.float32).reshape(n, k, 3)
+    boxes = np.frombuffer(rows["bbox"], np.float32).reshape(n, 4).copy()
+    image_id = np.array(rows["image_id"], np.int64)
+    unknown = next((i for i in image_id.tolist() if i not in images), None)
+    if unknown is not None:
+        raise UserError(f"{path}: an annotation names image id {unknown}, which is not among the images")
+    size = np.array([images[i][1:] for i in image_id.tolist()], np.int32)
+    boxes, clipped = _clip_boxes(boxes, size, rows["id"], path)
+    folder = Path(folder) if folder else path.parent / "images" if (path.parent / "images").is_dir() else path.parent
+    people = People(
+        folder=str(folder),
+        files=np.array([images[i][0] for i in image_id.tolist()], dtype=np.bytes_),
+        size=size,
+        boxes=boxes,
+        keypoints=keypoints,
+        pose_id=np.array(rows["pose_id"], np.int64),
+        annotation_id=np.array(rows["id"], np.int64),
+        image_id=image_id,
+        area=np.array(rows["area"], np.float32),
+        joints=joints,
+        skeleton=[(i - 1, j - 1) for i, j in category.get("skeleton", []) if 1 <= min(i, j) and max(i, j) <= k],
+        flip=flip_ids(joints),
+        category=category,
+    )
+    keep = ~np.array(rows["iscrowd"], bool) & ((keypoints[:, :, 2] > 0).sum(1) >= min_joints)
+    people = people.take(keep)
+    bad = find_bad_pictures(people) if check_pictures else []
+    if len(bad) > max_bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        name, reason = bad[0]
+        raise UserError(f"{folder}/{name} is {reason}{more} (of {path}); mend it or allow max_bad={len(bad)}")
+    if bad:
+        people = people.take(~np.isin(people.files, np.array([name.encode() for name, _ in bad])))
+    return people, {"bad": [name for name, _ in bad], "clipped": clipped}
+
+
+def _parse_coco(path):
+    """One pass over the JSON; annotations and images go straight into flat arrays as the parser meets them."""
+    images, rows = {}, {name: [] for name in ("id", "image_id", "pose_id", "iscrowd", "count", "area")}
+    rows["keypoints"], rows["bbox"] = array("f"), array("f")
+
+    def take(entry):
+        if "image_id" in entry:
+            box, points = entry["bbox"], entry.get("keypoints", [])
+            if len(box) != 4 or not min(box[2:]) > 0:
+                raise UserError(f"{path}: annotation {entry['id']} has box {box}; x, y, w, h with w, h > 0 are needed")
+            rows["bbox"].extend(box)
+            rows["keypoints"].extend(points)
+            rows["count"].append(len(points))
+            rows["area"].append(float(entry.get("area", box[2] * box[3])))
+            for name, default in (("id", None), ("image_id", None), ("pose_id", -1), ("iscrowd", 0)):
+                rows[name].append(int(entry[name] if default is None else entry.get(name, default)))
+        elif "file_name" in entry:
+            images[int(entry["id"])] = (entry["file_name"].encode(), int(entry["width"]), int(entry["height"]))
+        else:
+            return entry
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            document = json.load(file, object_hook=take)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path} as JSON: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a COCO keypoint file: an entry lacks or mistypes {error}") from None
+    for name in ("images", "annotations", "categories"):
+        if not isinstance(document, dict) or not isinstance(document.get(name), list):
+            raise UserError(f'{path} is not a COCO keypoint file: it has no list "{name}"')
+    return images, rows, document
+
+
+def _person_category(document, path):
+    for category in document["categories"]:
+        if isinstance(category, dict) and category.get("keypoints"):
+            return category
+    raise UserError(f'{path} is not a COCO keypoint file: no category lists its "keypoints"')
+
+
+def _clip_boxes(boxes, size, ids, path):
+    """Boxes cut to their pictures, and how many were cut by more than a pixel. A centre outside is an error."""
+    centre = boxes[:, :2] + boxes[:, 2:] / 2
+    outside = np.flatnonzero((centre < 0).any(1) | (centre > size).any(1))
+    if len(outside):
+        a = outside[0]
+        raise UserError(f"{path}: annotation {ids[a]} has box {boxes[a].tolist()} outside its {tuple(size[a])} picture")
+    low, high = np.maximum(boxes[:, :2], 0), np.minimum(boxes[:, :2] + boxes[:, 2:], size)
+    cut = np.concatenate([low, high - low], 1).astype(np.float32)
+    return cut, int((np.abs(cut - boxes) > 1).any(1).sum())
+
+
+def flip_ids(joints):
+    """Joint ids after a mirror: "left_x" ↔ "right_x" by name, others stay."""
+    swap = {name: name.replace("left", "RIGHT").replace("right", "left").replace("RIGHT", "right") for name in joints}
+    return [joints.index(swap[name]) if swap[name] in joints else i for i, name in enumerate(joints)]
+
+
+def to_coco17(keypoints, joints):
+    """(N, K, 3) of any joint set → (N, 17, 3) by joint name; joints the set lacks are missing (all zero)."""
+    out = np.zeros((len(keypoints), 17, 3), np.float32)
+    for j, name in enumerate(COCO_JOINTS):
+        if name in joints:
+            out[:, j] = keypoints[:, joints.index(name)]
+    return out
+
+
+def find_bad_pictures(people):
+    """[(name, reason)] of missing, empty or truncated pictures: the file's end is looked at, doubtful ones decoded."""
+    bad = []
+    for name in dict.fromkeys(people.files.tolist()):
+        try:
+            with open(Path(people.folder) / name.decode(), "rb") as file:
+                end = file.seek(0, 2)
+                if end == 0:
+                    bad.append((name.decode(), "empty"))
+                    continue
+                file.seek(max(0, end - 12))
+                tail = file.read()
+                if not tail.endswith(b"\xff\xd9") and b"IEND" not in tail:  # neither a JPEG's nor a PNG's end
+                    file.seek(0)
+                    Image.open(file).load()
+        except FileNotFoundError:
+            bad.append((name.decode(), "missing"))
+        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged pictures
+            bad.append((name.decode(), f"damaged or truncated ({error})"))
+    return bad
+
+
+def load_picture(folder, name, size=None):
+    """RGB PIL picture; UserError names a file that is missing, damaged or of another size than its annotation says."""
+    path = Path(folder) / (name.decode() if isinstance(name, bytes) else name)
+    try:
+        picture = Image.open(path)
+        picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+        picture.load()
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"cannot read picture {path}: {error}") from None
+    if size is not None and picture.size != tuple(int(s) for s in size):
+        raise UserError(f"{path} is {picture.size} but its annotation says {tuple(int(s) for s in size)}")
+    return picture
+
+
+# ------------------------------------------------------------------------------------------- pre-training pictures
+
+STRONG = v2.Compose(  # [StableRep]; the paper: stronger augmentation narrows the gap between real and generated
+    [
+        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        v2.RandomGrayscale(0.2),
+        v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], p=0.5),
+    ]
+)
+
+
+class PretrainPictures(Dataset):
+    """Item (epoch, index) → picture uint8 (3, H, W), keypoints (17, 3) px of that picture, pose_id, index.
+
+    `people`: one People per annotation file; indices run through them in order; pose ids of different files differ.
+    Augmentation [HAP]: RandomResizedCrop scale (.8, 1), ratio w/h (.375, .667), bicubic; flip .5 with left and right
+    joints swapped. "strong" adds [StableRep]'s jitter, grey and blur.
+    """
+
+    def __init__(self, people, size, seed, box_padding=1.25, augmentation="hap"):
+        self.people, self.size, self.seed = people, size, seed
+        self.box_padding, self.strong = box_padding, augmentation == "strong"
+        self.starts = np.cumsum([0] + [len(p.files) for p in people])
+        self.keypoints = [to_coco17(p.keypoints, p.joints) for p in people]
+        self.flip = flip_ids(COCO_JOINTS)
+        self.pose_id, offset = [], 0
+        for p in people:  # file f's pose ids move behind those of the files before it
+            self.pose_id.append(np.where(p.pose_id >= 0, p.pose_id + offset, -1))
+            offset = max(offset, int(self.pose_id[-1].max()) + 1)
+        self.pose_id = np.concatenate(self.pose_id)
+
+    def __len__(self):
+        return int(self.starts[-1])
+
+    def where(self, index):
+        """index → (People, row in it)."""
+        f = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return f, int(index - self.starts[f])
+
+    def name(self, index):
+        f, row = self.where(index)
+        return f"{self.people[f].folder}/{self.people[f].files[row].decode()}"
+
+    def __getitem__(self, item):
+        epoch, index = item
+        seed_all(self.seed, epoch, index)
+        f, row = self.where(index)
+        people = self.people[f]
+        picture = load_picture(people.folder, people.files[row], people.size[row])
+        region = padded_box(people.boxes[row], self.box_padding, people.size[row])
+        return self.augment(picture, region, self.keypoints[f][row]) | {"pose_id": self.pose_id[index], "index": index}
+
+    def augment(self, picture, region, keypoints):
+        (x, y, w, h), (H, W) = region, self.size
+        extent = torch.empty(1, h, w)  # get_params only asks its size
+        top, left, ch, cw = RandomResizedCrop.get_params(extent, scale=(0.8, 1.0), ratio=(0.375, 0.667))  # [HAP]
+        x, y = x + left, y + top
+        picture = picture.resize((W, H), Image.Resampling.BICUBIC, box=(x, y, x + cw, y + ch))
+        # Pixel centres are whole numbers, edges halves: (x + .5) scales, not x.
+        xy = (keypoints[:, :2] + 0.5 - (x, y)) * (W / cw, H / ch) - 0.5
+        keypoints = np.concatenate([xy, keypoints[:, 2:]], 1).astype(np.float32)
+        if torch.rand(()) < 0.5:
+            picture = ImageOps.mirror(picture)
+            keypoints = keypoints[self.flip]
+            keypoints[:, 0] = W - 1 - keypoints[:, 0]
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        if self.strong:
+            pixels = STRONG(pixels)
+        return {"image": pixels.contiguous(), "keypoints": torch.from_numpy(keypoints)}
+
+
+def padded_box(box, padding, size):
+    """Box grown by `padding` around its centre, cut to the picture, as whole px (x, y, w, h), at least 1 × 1."""
+    x, y, w, h = (float(v) for v in box)
+    x, y, w, h = x - w * (padding - 1) / 2, y - h * (padding - 1) / 2, w * padding, h * padding
+    x0, y0 = min(max(0, round(x)), int(size[0]) - 1), min(max(0, round(y)), int(size[1]) - 1)
+    return x0, y0, max(1, min(int(size[0]), round(x + w)) - x0), max(1, min(int(size[1]), round(y + h)) - y0)
+
+
+class PoseBatches(Sampler):
+    """Batch sampler: step → this rank's (epoch, index) pairs; a global batch is `slots` slots of P pictures each.
+
+    A slot holds P pictures of one pose, sampled without replacement, or P pictures without pose group. Ranks take whole
+    slots. With P = 1 poses are not grouped: every picture is a slot. An epoch draws round(share · slots) slots from each
+    file (a fresh permutation, repeated if the file is smaller) spread evenly over the epoch; no shares = every slot once.
+    The order is a function of (seed, epoch); the last incomplete batch of an epoch is dropped.
+
+    Raises UserError for a pose with fewer than P pictures, and when an epoch holds no full batch.
+    """
+
+    def __init__(self, dataset, batch, pictures_per_pose, shares, seed, rank=0, world=1, dropped=()):
+        self.seed, self.rank, self.world, self.P = seed, rank, world, pictures_per_pose
+        self.slots = batch // pictures_per_pose
+        if batch % (pictures_per_pose * world):
+            raise UserError(
+                f"batch={batch} does not split into poses of pictures_per_pose={pictures_per_pose} on {world} rank(s); "
+                f"make it a multiple of {pictures_per_pose * world}"
+            )
+        self.groups, self.singles = [], []
+        for f, people in enumerate(dataset.people):
+            grouped = people.pose_id >= 0 if self.P > 1 else np.zeros(len(people.files), bool)
+            self.groups.append(self._whole_groups(people, np.flatnonzero(grouped), dataset.starts[f], f in dropped))
+            self.singles.append(np.flatnonzero(~grouped) + dataset.starts[f])
+        counts = np.array([len(np.unique(g[0])) + len(s) // self.P for g, s in zip(self.groups, self.singles)])
+        total = int(counts.sum())
+        if shares:
+            if len(shares) != len(counts) or min(shares) < 0 or sum(shares) <= 0:
+                raise UserError(f"shares={shares} must be one number ≥ 0 per annotation file ({len(counts)})")
+            ends = np.round(np.cumsum(shares) / np.sum(shares) * total).astype(int)
+            counts = np.diff(ends, prepend=0)
+        self.counts, self.steps_per_epoch = counts, total // self.slots
+        if self.steps_per_epoch == 0:
+            raise UserError(f"batch={batch} is larger than the {total * self.P} pictures an epoch holds; lower it")
+        self.first, self.last = 0, None
+
+    def _whole_groups(self, people, rows, start, had_bad):
+        """(pose_id, index) arrays sorted by pose, only poses with ≥ P pictures."""
+        rows = rows[np.argsort(people.pose_id[rows], kind="stable")]
+        ids, counts = np.unique(people.pose_id[rows], return_counts=True)
+        short = ids[counts < self.P]
+        if len(short) and not had_bad:  # a pose made short by pictures that max_bad let go is left out instead
+            raise UserError(
+                f"pose {short[0]} has {counts[ids == short[0]][0]} picture(s), pictures_per_pose={self.P} needs more "
+                f"({len(short)} such poses in {people.folder})"
+            )
+        rows = rows[~np.isin(people.pose_id[rows], short)]
+        return people.pose_id[rows], rows + start
+
+    def epoch_slots(self, epoch):
+        """(slots, P) picture indices of one epoch: a pure function of (seed, epoch)."""
+        parts, places = [], []
+        for f, ((pose, index), singles) in enumerate(zip(self.groups, self.singles)):
+            pool, round_ = np.empty((0, self.P), np.int64), 0
+            while len(pool) < self.counts[f]:
+                rng = np.random.default_rng([self.seed, epoch, f, round_])
+                order = np.lexsort((rng.random(len(index)), pose))  # shuffled within each pose
+                starts = np.flatnonzero(np.diff(pose, prepend=-1))
+                grouped = index[order][starts[:, None] + np.arange(self.P)] if len(starts) else pool[:0]
+                loose = rng.permutation(singles)[: len(singles) // self.P * self.P].reshape(-1, self.P)
+                pool = np.concatenate([pool, rng.permutation(np.concatenate([grouped, loose]))])
+                round_ += 1
+            n = int(self.counts[f])
+            parts.append(pool[:n])
+            places.append((np.arange(n) + np.random.default_rng([self.seed, epoch, f]).random()) / max(1, n))
+        return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
+
+    def run(self, first, last):
+        """Iterate the steps first .. last-1 of the whole run."""
+        self.first, self.last = first, last
+        return self
+
+    def __len__(self):
+        return self.last - self.first
+
+    def __iter__(self):
+        own, cached, slots = self.slots // self.world, None, None
+        for step in range(self.first, self.last):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if epoch != cached:
+                cached, slots = epoch, self.epoch_slots(epoch)
+            begin = place * self.slots + self.rank * own
+            yield [(epoch, int(index)) for index in slots[begin : begin + own].ravel()]
+
+
+# --------------------------------------------------------------------------------------------- part-guided masking
+
+# Six body parts as COCO-17 links [HAP].
+PARTS = (
+    ((0, 1), (0, 2), (1, 2), (1, 3), (2, 4)),  # head
+    ((5, 7), (7, 9)),  # left arm
+    ((6, 8), (8, 10)),  # right arm
+    ((11, 13), (13, 15)),  # left leg
+    ((12, 14), (14, 16)),  # right leg
+    ((6, 11), (5, 12)),  # torso
+)
+BLOCK_ROUNDS, BLOCK_TRIES, BLOCK_PATCHES, BLOCK_ASPECT = 10, 10, 12, 0.3  # tries, patches, aspect [HAP]; rounds ours
+
+
+def noise_size(grid):
+    """Uniform numbers one picture's mask uses up."""
+    n = grid[0] * grid[1]
+    return BLOCK_ROUNDS * BLOCK_TRIES * 4 + 13 + 6 * n + n
+
+
+def part_guided_mask(keypoints, grid, mask_ratio, patch_size, generator=None, noise=None):
+    """Part-guided masks [HAP], for a whole batch at once.
+
+    keypoints: (B, 17, 3) COCO-17 joints in input pixels, third column 0 = missing · grid: (h, w) patches.
+    generator: where the randomness comes from, or noise: (B, noise_size(grid)) uniform numbers drawn by the caller for
+    the global batch and cut to this rank's rows, which makes masks independent of the number of ranks.
+    → bool (B, h·w), True = masked, exactly round(mask_ratio · h·w) per row.
+    """
+    B, N = len(keypoints), grid[0] * grid[1]
+    if noise is None:
+        device = keypoints.device if generator is None else generator.device
+        noise = torch.rand(B, noise_size(grid), generator=generator, device=device)
+    noise = noise.to(keypoints.device)
+    n_masked = round(mask_ratio * N)
+    block, order, k, amount, within, rest = noise.split([BLOCK_ROUNDS * BLOCK_TRIES * 4, 6, 1, 6, 6 * N, N], 1)
+
+    # Levels of the masking order: part 0..5 in this picture's shuffled order, 6 block-masked, 7 the rest.
+    level = torch.where(block_mask(block, grid, n_masked), 6, 7)
+    part = part_patches(keypoints, grid, patch_size)  # (B, 6, N)
+    size = part.sum(2)  # (B, 6) patches of each part
+    # Shuffle the parts, unusable ones last; rank of each part in that order.
+    rank = torch.where(size > 0, order, order + 1).argsort(1).argsort(1)
+    first_k = rank < (k * 7).long()  # k ~ U{0..6}. deviates from HAP's release, which draws k wrongly (always 0 soon)
+    chosen = (size * amount * 0.3).long() * (first_k & (size > 0))  # floor(n · U(0, .3)) patches of each such part
+    # A random `chosen` of the part's patches: those whose noise is below its chosen-th smallest.
+    within = within.view(B, 6, N).masked_fill(~part, 2.0)
+    bound = within.sort(2).values.gather(2, (chosen - 1).clamp(min=0).unsqueeze(2))
+    front = (within <= bound) & (chosen > 0).unsqueeze(2)
+    level = torch.where(front, rank.unsqueeze(2), 7).amin(1).minimum(level)
+    # Mask the front of the order; ties inside a level fall at random.
+    return front_of_order(level + rest, n_masked)
+
+
+def front_of_order(score, n_masked):
+    """(B, N) scores → bool mask of the n_masked smallest of each row, exactly."""
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    return mask.scatter_(1, score.argsort(1)[:, :n_masked], True)
+
+
+def random_mask(noise, mask_ratio):
+    """[MAE] noise (B, N) uniform → bool (B, N), exactly round(mask_ratio · N) random patches per row."""
+    return front_of_order(noise, round(mask_ratio * noise.shape[1]))
+
+
+def part_patches(keypoints, grid, patch_size):
+    """(B, 17, 3) → bool (B, 6, N): each part's patches = union of the patch rectangles its links' end points span."""
+    h, w = grid
+    limit = torch.tensor([w - 1, h - 1], device=keypoints.device)
+    cell = (keypoints[..., :2] / patch_size).floor().long().clamp(min=0).minimum(limit)  # (B, 17, 2) column, row
+    links = torch.tensor([link for part in PARTS for link in part], device=keypoints.device)  # (L, 2)
+    a, b = cell[:, links[:, 0]], cell[:, links[:, 1]]  # (B, L, 2)
+    valid = (keypoints[..., 2] > 0)[:, links].all(2)  # a link with a missing end point is skipped
+    low, high = a.minimum(b), a.maximum(b)
+    columns, rows = torch.arange(w, device=cell.device), torch.arange(h, device=cell.device)
+    across = (columns >= low[..., :1]) & (columns <= high[..., :1])  # (B, L, w)
+    down = (rows >= low[..., 1:]) & (rows <= high[..., 1:]) & valid.unsqueeze(2)  # (B, L, h)
+    patches = down.unsqueeze(3) & across.unsqueeze(2)  # (B, L, h, w)
+    parts = patches.split([len(part) for part in PARTS], 1)
+    return torch.stack([p.any(1) for p in parts], 1).flatten(2)
+
+
+def block_mask(noise, grid, budget):
+    """Block mask [HAP, BEiT]: random rectangles, never beyond the budget; may stop short. → bool (B, N).
+
+    Each round draws up to 10 rectangles (≥ 12 patches, aspect log-uniform in [.3, 1/.3]) and keeps the first that fits
+    the grid and adds between 1 and the remaining budget of new patches. All pictures run a round together.
+    """
+    (h, w), B = grid, len(noise)
+    noise = noise.view(B, BLOCK_ROUNDS, 4, BLOCK_TRIES)
+    mask = torch.zeros(B, h, w, dtype=torch.bool, device=noise.device)
+    rows, columns = torch.arange(h, device=noise.device), torch.arange(w, device=noise.device)
+    bound = -np.log(BLOCK_ASPECT)
+    for r in range(BLOCK_ROUNDS):
+        area_u, aspect_u, top_u, left_u = noise[:, r].unbind(1)  # (B, tries) each
+        left_over = budget - mask.sum((1, 2)).unsqueeze(1)  # (B, 1)
+        area = BLOCK_PATCHES + area_u * (left_over - BLOCK_PATCHES).clamp(min=0)
+        aspect = torch.exp((2 * aspect_u - 1) * bound)
+        tall, wide = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+        top = (top_u * (h - tall + 1).clamp(min=1)).long()
+        left = (left_u * (w - wide + 1).clamp(min=1)).long()
+        bottom, right = (top + tall).clamp(max=h), (left + wide).clamp(max=w)
+        # Patches already masked inside each rectangle, from sums over the upper left.
+        sums = torch.nn.functional.pad(mask.int().cumsum(1).cumsum(2), (1, 0, 1, 0)).view(B, -1)
+
+        def inside(y, x, sums=sums):
+            return sums.gather(1, y * (w + 1) + x)
+
+        old = inside(bottom, right) - inside(top, right) - inside(bottom, left) + inside(top, left)
+        new = tall * wide - old
+        fits = (tall <= h) & (wide <= w) & (new > 0) & (new <= left_over)
+        pick = fits.int().argmax(1, keepdim=True)  # the first that fits
+        top, bottom, left, right = (v.gather(1, pick) for v in (top, bottom, left, right))
+        down = (rows >= top) & (rows < bottom) & fits.any(1, keepdim=True)
+        mask |= down.unsqueeze(2) & ((columns >= left) & (columns < right)).unsqueeze(1)
+    return mask.flatten(1)

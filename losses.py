@@ -1,0 +1,227 @@
+"""The three losses of GenPoCCL and the gather they need (method: L = L_rec + γ1·L_align + γ2·L_mp).
+
+Legend: B embeddings on this rank · M embeddings on all ranks · R ranks · N patches · D width · p patch side ·
+H, W picture · h, w grid. Suffix _local: this rank's rows; _all: the rows of all ranks, in rank order.
+
+Several ranks. Each loss returns this rank's *share*: the mean of the shares over the ranks is the loss of the global
+batch, and DistributedDataParallel's mean of the gradients is the exact gradient of that loss. Three things make it so:
+own rows meet gathered columns (never all × all), the gather sends gradients back to the rank a column came from, and
+sums are divided by a count over all ranks. Every rank must hold the same number of rows. Without a process group the
+same lines compute the plain loss.
+
+Precision: float32 inside, also under autocast (contrastive logits in half precision lose the small differences that
+the softmax lives on); float64 input stays float64. Nothing here waits for the device.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+# ------------------------------------------------------------------------------------------------- between the ranks
+
+
+class GatherWithGradient(torch.autograd.Function):
+    """(B, …) on each rank → (M, …) on every rank. Backward: sum of all ranks' gradients, own rows of it.
+
+    Keeping only the own slice of the own gradient (SimCLR's and MoCo's released gathers) loses what the other ranks'
+    anchors say about this rank's columns: after DDP's mean 0.25 to 0.74 of the true gradient was left on 4 ranks.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.rows = len(x)
+        return gather_rows_of(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous().clone()  # autograd may still own the original
+        dist.all_reduce(gradient)
+        first = dist.get_rank() * ctx.rows
+        return gradient[first : first + ctx.rows]
+
+
+class SumOverRanks(torch.autograd.Function):
+    """Σ over ranks of x, on every rank; backward: Σ over ranks of the gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverRanks.apply(gradient)
+
+
+def gather_rows_of(x):
+    """All ranks' rows without gradient: (B, …) → (M, …) in rank order. No process group: x itself."""
+    if world_size() == 1:
+        return x.detach()
+    out = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.detach().contiguous())
+    return out
+
+
+def gather_with_gradient(x):
+    """(B, …) → (M, …) of all ranks in rank order; gradients return to the rank that owns the row."""
+    return GatherWithGradient.apply(x) if world_size() > 1 else x
+
+
+def sum_over_ranks(x):
+    """Differentiable Σ over ranks, for counts and batch statistics."""
+    return SumOverRanks.apply(x) if world_size() > 1 else x
+
+
+def full_precision(*tensors):
+    """float32 unless already float64."""
+    return [x if x.dtype == torch.float64 else x.float() for x in tensors]
+
+
+def no_autocast(x):
+    return torch.autocast(x.device.type, enabled=False)
+
+
+# ------------------------------------------------------------------------------------------------------------ L_rec
+
+
+def patchify(images, patch_size):
+    """(B, 3, H, W) → (B, N, p·p·3): patches row by row; inside a patch pixels row by row, channel last [MAE]."""
+    (B, C, H, W), p = images.shape, patch_size
+    x = images.view(B, C, H // p, p, W // p, p)  # (B, 3, h, p, w, p)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, H // p * (W // p), p * p * C)
+
+
+def unpatchify(patches, grid, patch_size):
+    """(B, N, p·p·3) and grid (h, w) → (B, 3, h·p, w·p). The inverse of patchify."""
+    (B, _, C), (h, w), p = patches.shape, grid, patch_size
+    x = patches.view(B, h, w, p, p, C // (p * p))  # (B, h, w, p, p, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * p, w * p)
+
+
+def normalized_patches(images, patch_size):
+    """(B, 3, H, W) → target (B, N, p·p·3), mean and std (B, N, 1), with target · std + mean = pixels [MAE].
+
+    The variance is the unbiased one, eps 1e-6 [MAE].
+    """
+    patches = patchify(images, patch_size)
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    std = (variance + 1e-6).sqrt()  # [MAE]
+    return (patches - mean) / std, mean, std
+
+
+def masked_error(pred, target, mask):
+    """Mean over the masked patches of all ranks of the patch's mean squared error.
+
+    pred (…, N, C); target broadcastable to it; mask (…, N) bool, True = masked.
+    → (this rank's share, patch errors (…, N), zero where not masked). No masked patch anywhere: 0.
+    """
+    error = (pred - target).square().mean(-1).masked_fill(~mask, 0.0)
+    count = sum_over_ranks(mask.sum().to(error.dtype)).clamp(min=1)
+    return world_size() * error.sum() / count, error
+
+
+def reconstruction_loss(pred, images, mask, patch_size):
+    """L_rec [MAE]: mean squared error to normalised pixels, mean over masked patches (over all ranks).
+
+    pred (B, N, p·p·3): pixels row by row, channel last; images (B, 3, H, W) float, as the encoder saw them;
+    mask (B, N) bool, True = masked. → scalar ≥ 0, this rank's share.
+    """
+    with no_autocast(pred):
+        pred, images = full_precision(pred, images)
+        target, _, _ = normalized_patches(images, patch_size)
+        # L_rec = 1/|masked| Σ_masked ‖pred − target‖² / (3p²)
+        return masked_error(pred, target, mask)[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- L_align
+
+
+def alignment_loss(a, b, tau=0.2, gather_gradient=True):
+    """L_align [HAP]: the [CLS] of one view finds the [CLS] of the other view among all ranks' pictures.
+
+    a, b (B, D) float: row i of both is picture i, seen under two masks; L2-normalised here. tau 0.2 [HAP].
+    → scalar, this rank's share.
+    gather_gradient=False is HAP's way: keys carry no gradient, so each picture is pulled only as a query. It saves the
+    backward communication and is kept to reproduce HAP; the gradient is then that of no loss.
+    """
+    with no_autocast(a):
+        a, b = (F.normalize(x, dim=-1) for x in full_precision(a, b))
+        gather = gather_with_gradient if gather_gradient else gather_rows_of
+        first = dist.get_rank() * len(a) if world_size() > 1 else 0
+        own = torch.arange(first, first + len(a), device=a.device)  # column of the own picture
+        # L_align = 2τ · [ CE(a_i·b_j / τ, i) + CE(b_i·a_j / τ, i) ],  j over all ranks
+        logits_ab = a @ gather(b).T / tau  # (B, M)
+        logits_ba = b @ gather(a).T / tau
+        return 2 * tau * (F.cross_entropy(logits_ab, own) + F.cross_entropy(logits_ba, own))
+
+
+# ------------------------------------------------------------------------------------------------------------- L_mp
+
+
+def pair_masks(pose_id):
+    """pose_id (B,) int64 → positive, column (B, M) bool: who is a positive of each own row, who is in its softmax.
+
+    Rebuilt at every call: a mask kept by batch size (StableRep, SynCLR) is wrong as soon as labels are real.
+    """
+    id_all = gather_rows_of(pose_id)
+    first = dist.get_rank() * len(pose_id) if world_size() > 1 else 0
+    own = torch.arange(first, first + len(pose_id), device=pose_id.device)
+    other = own[:, None] != torch.arange(len(id_all), device=pose_id.device)  # j ≠ i
+    column = other & (id_all >= 0) & (pose_id >= 0)[:, None]
+    return column & (pose_id[:, None] == id_all), column
+
+
+def multi_positive_loss(z, pose_id, tau=0.1):
+    """L_mp [StableRep's multi-positive loss, on poses]: each embedding finds all others of the same pose.
+
+    z (B, D) float, L2-normalised here; pose_id (B,) int64. tau 0.1 [StableRep; paper silent].
+    Several views of a picture: the caller stacks their embeddings and repeats the pose ids; the ids alone decide.
+    → scalar, this rank's share; 0 with a (zero) gradient where no rank has a positive pair.
+
+    pose_id −1 = a picture without a pose group: neither anchor nor column. An id ≥ 0 that occurs once is a negative
+    for the others but no anchor (SupCon's mean gives NaN there, StableRep's counts a zero).
+    """
+    with no_autocast(z):
+        z = F.normalize(full_precision(z)[0], dim=-1)
+        positive, column = pair_masks(pose_id)
+        logits = z @ gather_with_gradient(z).T / tau  # (B, M)
+        # q_ij = exp(z_i·z_j/τ) / Σ_{k≠i} exp(z_i·z_k/τ); a finite floor, because a row without columns would give NaN
+        log_sum = logits.masked_fill(~column, torch.finfo(logits.dtype).min).logsumexp(1)
+        # p_ij = 1[pose_i = pose_j, j ≠ i] / #positives of i;  Σ_j p_ij log q_ij = Σ_j p_ij z_i·z_j/τ − log Σ
+        n_positive = positive.sum(1)
+        pulled = (logits * positive).sum(1) / n_positive.clamp(min=1)
+        anchor = n_positive > 0
+        count = sum_over_ranks(anchor.sum().to(logits.dtype)).clamp(min=1)
+        # L_mp = −1/|A| Σ_{i∈A} Σ_j p_ij log q_ij,  A = anchors of all ranks
+        return world_size() * torch.where(anchor, log_sum - pulled, 0.0).sum() / count
+
+
+@torch.no_grad()
+def contrastive_health(z, pose_id):
+    """Is L_mp learning poses or collapsing? Figures over all ranks, the same on each, still on the device.
+
+    z (B, D), pose_id (B,) as for multi_positive_loss. → dict of 0-d tensors: positive_cosine and negative_cosine
+    (means over ordered pairs; 0 where there is no such pair), without_positive (embeddings with a pose id but no
+    positive) and without_pose (embeddings with id −1); both kinds are no anchors of L_mp.
+    """
+    with no_autocast(z):
+        z = F.normalize(full_precision(z)[0], dim=-1)
+        positive, column = pair_masks(pose_id)
+        cosine = z @ gather_rows_of(z).T  # (B, M)
+        negative = column & ~positive
+        sums = [(cosine * positive).sum(), positive.sum(), (cosine * negative).sum(), negative.sum()]
+        lonely = (pose_id >= 0) & ~positive.any(1)
+        sums = torch.stack([s.to(cosine.dtype) for s in (*sums, lonely.sum(), (pose_id < 0).sum())])
+        total = sum_over_ranks(sums)
+    return {
+        "positive_cosine": total[0] / total[1].clamp(min=1),
+        "negative_cosine": total[2] / total[3].clamp(min=1),
+        "without_positive": total[4],
+        "without_pose": total[5],
+    }
