@@ -79,7 +79,7 @@ def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_picture
     for a, count in enumerate(rows["count"]):
         if count != 3 * k:
             raise UserError(
-                f"{path}: annotation {rows['id'][a]} has {count} keypoint values, its category's {k} joints need {3 * k}"
+                f"{path}: annotation {rows['id'][a]} has {count} keypoint values; its {k} joints need {3 * k}"
             )
     keypoints = np.frombuffer(rows["keypoints"], np.float32).reshape(n, k, 3)
     boxes = np.frombuffer(rows["bbox"], np.float32).reshape(n, 4).copy()
@@ -304,8 +304,8 @@ class PoseBatches(Sampler):
     """Batch sampler: step → this rank's (epoch, index) pairs; a global batch is `slots` slots of P pictures each.
 
     A slot holds P pictures of one pose, sampled without replacement, or P pictures without pose group. Ranks take whole
-    slots. With P = 1 poses are not grouped: every picture is a slot. An epoch draws round(share · slots) slots from each
-    file (a fresh permutation, repeated if the file is smaller) spread evenly over the epoch; no shares = every slot once.
+    slots. With P = 1 poses are not grouped: every picture is a slot. An epoch draws round(share · slots) slots from
+    each file (a fresh permutation, repeated if the file is smaller), spread evenly; no shares = every slot once.
     The order is a function of (seed, epoch); the last incomplete batch of an epoch is dropped.
 
     Raises UserError for a pose with fewer than P pictures, and when an epoch holds no full batch.
@@ -383,6 +383,29 @@ class PoseBatches(Sampler):
                 cached, slots = epoch, self.epoch_slots(epoch)
             begin = place * self.slots + self.rank * own
             yield [(epoch, int(index)) for index in slots[begin : begin + own].ravel()]
+
+
+class EpochBatches(Sampler):
+    """Batch sampler of plain fine-tuning: step first … last − 1 → this rank's (epoch, index) pairs of `n` samples.
+
+    An epoch is a permutation, a function of (seed, epoch); its last incomplete batch is dropped. `batch` is global.
+    """
+
+    def __init__(self, n, batch, seed, first, last, rank=0, world=1):
+        self.n, self.batch, self.seed, self.first, self.last = n, batch, seed, first, last
+        self.rank, self.own = rank, batch // world
+
+    def __len__(self):
+        return self.last - self.first
+
+    def __iter__(self):
+        cached, order = None, None
+        for step in range(self.first, self.last):
+            epoch, place = divmod(step, self.n // self.batch)
+            if epoch != cached:
+                cached, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
+            begin = place * self.batch + self.rank * self.own
+            yield [(epoch, int(index)) for index in order[begin : begin + self.own]]
 
 
 # --------------------------------------------------------------------------------------------- part-guided masking

@@ -104,39 +104,31 @@ def unpatchify(patches, grid, patch_size):
     return x.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, h * p, w * p)
 
 
-def normalized_patches(images, patch_size):
-    """(B, 3, H, W) → target (B, N, p·p·3), mean and std (B, N, 1), with target · std + mean = pixels [MAE].
-
-    The variance is the unbiased one, eps 1e-6 [MAE].
-    """
-    patches = patchify(images, patch_size)
+def normalized(patches):
+    """(…, C) → target (…, C), mean and std (…, 1), with target · std + mean = pixels; unbiased variance [MAE]."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     std = (variance + 1e-6).sqrt()  # [MAE]
     return (patches - mean) / std, mean, std
 
 
-def masked_error(pred, target, mask):
-    """Mean over the masked patches of all ranks of the patch's mean squared error.
-
-    pred (…, N, C); target broadcastable to it; mask (…, N) bool, True = masked.
-    → (this rank's share, patch errors (…, N), zero where not masked). No masked patch anywhere: 0.
-    """
-    error = (pred - target).square().mean(-1).masked_fill(~mask, 0.0)
-    count = sum_over_ranks(mask.sum().to(error.dtype)).clamp(min=1)
-    return world_size() * error.sum() / count, error
+def normalized_patches(images, patch_size):
+    """(B, 3, H, W) → normalised patches (B, N, p·p·3), and the mean and std (B, N, 1) that undo it."""
+    return normalized(patchify(images, patch_size))
 
 
 def reconstruction_loss(pred, images, mask, patch_size):
     """L_rec [MAE]: mean squared error to normalised pixels, mean over masked patches (over all ranks).
 
     pred (B, N, p·p·3): pixels row by row, channel last; images (B, 3, H, W) float, as the encoder saw them;
-    mask (B, N) bool, True = masked. → scalar ≥ 0, this rank's share.
+    mask (B, N) bool, True = masked; rows may differ in number. → scalar ≥ 0, this rank's share; nothing masked: 0.
     """
     with no_autocast(pred):
         pred, images = full_precision(pred, images)
         target, _, _ = normalized_patches(images, patch_size)
+        error = F.mse_loss(pred, target, reduction="none").mean(-1)
         # L_rec = 1/|masked| Σ_masked ‖pred − target‖² / (3p²)
-        return masked_error(pred, target, mask)[0]
+        count = sum_over_ranks(mask.sum().to(error.dtype)).clamp(min=1)
+        return world_size() * error.masked_fill(~mask, 0.0).sum() / count
 
 
 # ---------------------------------------------------------------------------------------------------------- L_align

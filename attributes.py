@@ -1,0 +1,168 @@
+"""Readers of pedestrian attribute files: PA-100K, PETA, RAP v1 and v2 as downloaded (.mat), and CSV.
+
+Legend: N pictures of a split · A attributes. Each reader takes the config of finetune_par.py (annotation, images,
+split, train, val, test) and returns the A names and {"train", "val", "test"} → Split. The structures are described
+below as scipy reads them; where fields go by place, their names differ between copies of the file.
+"""
+
+import csv
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.io import loadmat
+
+from common import UserError
+
+
+class Split(NamedTuple):
+    files: list  # paths of N pictures
+    labels: np.ndarray  # (N, A) int8: 1 yes, 0 no, anything else unknown (RAP v2 has 2): not trained, never right
+
+
+def read_attributes(cfg):
+    """→ (names of the A attributes, {"train", "val", "test"} → Split, a sentence about what was read)."""
+    reader = {"pa100k": read_pa100k, "peta": read_peta, "rap": read_rap, "csv": read_csvs}[cfg.dataset]
+    names, splits = reader(cfg)
+    if cfg.select == "val" and not len(splits["val"].files):
+        raise UserError("select=val but there are no validation pictures; give val= or use select=last")
+    for kind, split in splits.items():
+        if split.labels.shape != (len(split.files), len(names)):
+            raise UserError(
+                f"{cfg.annotation or getattr(cfg, kind)}: labels of shape {split.labels.shape} for {len(split.files)} "
+                f"{kind} pictures and {len(names)} attributes; the file is damaged or of another data set"
+            )
+        missing = [file for file in split.files if not os.path.isfile(file)]
+        if missing:
+            raise UserError(f"{missing[0]} is missing (and {len(missing) - 1} more {kind} pictures); set images=")
+    counts = {kind: len(split.files) for kind, split in splits.items()}
+    if not counts["train"] or not counts["test"]:
+        raise UserError(f"{cfg.annotation or cfg.train}: a split is empty, {counts}")
+    report = f"{len(names)} attributes; pictures: " + ", ".join(f"{n} {kind}" for kind, n in counts.items())
+    if cfg.trainval:
+        files, labels = zip(splits["train"], splits["val"])
+        splits["train"] = Split(files[0] + files[1], np.concatenate(labels))
+    for kind in ("train", "test"):
+        for value, word in ((1, "positive"), (0, "negative")):
+            never = [n for n, any_ in zip(names, (splits[kind].labels == value).any(0)) if not any_]
+            report += f"; never {word} in {kind}: {', '.join(never)}" if never else ""
+    return names, splits, report
+
+
+def read_mat(cfg, *fields):
+    """The .mat file as plain dicts and arrays (MATLAB cells → arrays of text, structs → dicts)."""
+    try:
+        document = loadmat(cfg.annotation, simplify_cells=True)
+    except (OSError, ValueError, NotImplementedError, TypeError) as error:
+        raise UserError(f"cannot read {cfg.annotation} as a .mat file: {' '.join(str(error).split())}") from None
+    for field in fields:
+        if field not in document:
+            raise UserError(f'{cfg.annotation} has no variable "{field}"; is it a {cfg.dataset} annotation?')
+    return document
+
+
+def texts(cells):
+    return [str(cell) for cell in np.atleast_1d(cells)]
+
+
+def below(cfg, default, names):
+    folder = Path(cfg.images) if cfg.images else Path(cfg.annotation).parent / default
+    return [str(folder / name) for name in names]
+
+
+def read_pa100k(cfg):
+    """annotation.mat: attributes (26 names), and for train, val, test: X_images_name (N names), X_label (N, 26)."""
+    kinds = ("train", "val", "test")
+    m = read_mat(cfg, "attributes", *(f"{k}_images_name" for k in kinds), *(f"{k}_label" for k in kinds))
+    splits = {}
+    for k in kinds:
+        files = below(cfg, "data", texts(m[f"{k}_images_name"]))
+        splits[k] = Split(files, np.atleast_2d(m[f"{k}_label"]).astype(np.int8))
+    return texts(m["attributes"]), splits
+
+
+def read_peta(cfg):
+    """PETA.mat: struct peta of 4 fields, by place: data (19000, 4 + 105), attribute names (105), selected, partition.
+
+    The first 4 columns of data are ids; the first 35 attributes are the evaluated ones. partition: 5 structs of
+    1-based train, val, test. Pictures are 00001.png … in the order of the rows.
+    """
+    data, names, _, partition = struct_fields(cfg, read_mat(cfg, "peta")["peta"], 4)[:4]
+    labels, names = np.asarray(data)[:, 4:39].astype(np.int8), texts(names)[:35]
+    files = below(cfg, "images", [f"{i + 1:05d}.png" for i in range(len(labels))])
+    rows = list(one_of(cfg, partition).values())
+    return names, take_rows(cfg, files, labels, dict(zip(("train", "val", "test"), rows)))
+
+
+def read_rap(cfg):
+    """RAP_annotation.mat, struct RAP_annotation.
+
+    v2, by name: name (N), data (N, 152), attribute (152 names), selected_attribute (54, 1-based), partition_attribute
+    (5 structs train_index, val_index, test_index). v1, by place: 0 partition (5 structs of trainval, test), 1 label
+    (N, 92), 3 English attribute names, 5 picture names; the first 51 attributes are the evaluated ones.
+    """
+    rap = read_mat(cfg, "RAP_annotation")["RAP_annotation"]
+    if isinstance(rap, dict) and "partition_attribute" in rap:
+        keep = np.asarray(rap["selected_attribute"], int).ravel() - 1
+        labels, names = np.asarray(rap["data"])[:, keep], np.array(texts(rap["attribute"]))[keep].tolist()
+        files, part = texts(rap["name"]), one_of(cfg, rap["partition_attribute"])
+        rows = {kind: part[f"{kind}_index"] for kind in ("train", "val", "test")}
+    else:
+        partition, labels, _, names, _, files = struct_fields(cfg, rap, 6)[:6]
+        labels, names, files = np.asarray(labels)[:, :51], texts(names)[:51], texts(files)
+        rows = dict(zip(("train", "test"), one_of(cfg, partition).values())) | {"val": []}
+    return names, take_rows(cfg, below(cfg, "RAP_dataset", files), labels.astype(np.int8), rows)
+
+
+def struct_fields(cfg, struct, count):
+    if not isinstance(struct, dict) or len(struct) < count:
+        raise UserError(f"{cfg.annotation} is not a {cfg.dataset} annotation: a struct of {count} fields is expected")
+    return list(struct.values())
+
+
+def one_of(cfg, partition):
+    partition = [partition] if isinstance(partition, dict) else list(partition)
+    if cfg.split >= len(partition):
+        raise UserError(f"split={cfg.split} but {cfg.annotation} has splits 0 to {len(partition) - 1}")
+    return partition[cfg.split]
+
+
+def take_rows(cfg, files, labels, rows):
+    """1-based picture numbers of each split → Splits."""
+    if len(labels) != len(files):
+        raise UserError(f"{cfg.annotation}: {len(labels)} rows of labels for {len(files)} pictures; file damaged?")
+    splits = {}
+    for kind in ("train", "val", "test"):
+        index = np.asarray(rows[kind], int).ravel() - 1
+        if len(index) and not 0 <= index.min() <= index.max() < len(files):
+            raise UserError(f"{cfg.annotation}: split {cfg.split} names picture {index.max() + 1} of {len(files)}")
+        splits[kind] = Split([files[i] for i in index], labels[index])
+    return splits
+
+
+def read_csvs(cfg):
+    """train, val and test CSV: header `image,attribute,…`, one picture a line, 0 or 1; the same header in all."""
+    names, splits = None, {}
+    for kind in ("train", "val", "test"):
+        path = getattr(cfg, kind)
+        if path is None:
+            splits[kind] = Split([], np.empty((0, len(names)), np.int8))
+            continue
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                header, *lines = [line for line in csv.reader(file) if line] or [[]]
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"cannot read {path}: {error}") from None
+        if header[:1] != ["image"] or len(header) < 2:
+            raise UserError(f"{path} must start with the line `image,attribute,...`")
+        names = names or header[1:]
+        if header[1:] != names:
+            raise UserError(f"{path} has other attributes than {cfg.train}; the headers must be the same")
+        for number, line in enumerate(lines, 2):
+            if len(line) != len(header) or not set(line[1:]) <= {"0", "1"}:
+                raise UserError(f"{path} line {number}: {len(names)} values of 0 or 1 must follow the picture's name")
+        folder = Path(cfg.images) if cfg.images else Path(path).parent
+        labels = np.array([line[1:] for line in lines], np.int8).reshape(len(lines), len(names))
+        splits[kind] = Split([str(folder / line[0]) for line in lines], labels)
+    return names, splits

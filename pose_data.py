@@ -1,0 +1,262 @@
+"""People with joints for top-down pose: the official files, boxes, and the person cut out of the picture.
+
+Legend: N people · K joints · H, W input picture · xy in px, pixel centres at whole numbers (COCO's frame).
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+import pose
+from common import UserError
+from data import People, find_bad_pictures, flip_ids, load_picture, read_people
+
+# ---------------------------------------------------------------------------------------------------------- readers
+
+MPII_JOINTS = (
+    "right_ankle right_knee right_hip left_hip left_knee left_ankle pelvis thorax upper_neck head_top right_wrist "
+    "right_elbow right_shoulder left_shoulder left_elbow left_wrist"
+).split()
+MPII_LINKS = [(0, 1), (1, 2), (2, 6), (6, 3), (3, 4), (4, 5), (6, 7), (7, 8), (8, 9), (10, 11), (11, 12), (12, 7)]
+MPII_LINKS += [(7, 13), (13, 14), (14, 15)]
+
+
+def read_pose_file(path, folder=None, max_bad=0, with_document=False):
+    """COCO keypoint JSON of any joint set, or MPII's own list → (People with ≥ 1 joint, notes, COCO document or None).
+
+    The document is the file as pycocotools wants it: area (.53 × box), iscrowd and num_keypoints filled in.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            is_mpii = file.read(64).lstrip().startswith("[")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if is_mpii:
+        people, notes = read_mpii(path, folder, max_bad)
+        return people, notes, coco_document(people)
+    people, notes = read_people(path, folder, min_joints=1, max_bad=max_bad)
+    if not with_document:
+        return people, notes, None
+    document = read_json(path)
+    for a in document["annotations"]:
+        a.setdefault("area", pose.BOX_AREA * a["bbox"][2] * a["bbox"][3])
+        a.setdefault("iscrowd", 0)
+        a["num_keypoints"] = sum(v > 0 for v in a["keypoints"][2::3])
+    area = {a["id"]: a["area"] for a in document["annotations"]}
+    people = people._replace(area=np.array([area[i] for i in people.annotation_id.tolist()], np.float32))
+    return people, notes, document
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path} as JSON: {error}") from None
+
+
+def person_category(document):
+    return next(c for c in document["categories"] if c.get("keypoints"))
+
+
+def read_mpii(path, folder, max_bad):
+    """MPII's train/valid lists as HRNet publishes them: image, centre, scale (÷ 200 px), joints counted from 1.
+
+    Box: square of 200 · scale around the centre, which is moved down by 15 · scale [HRNet].
+    """
+    folder = Path(folder) if folder else Path(path).parent / "images"
+    folder = folder if folder.is_dir() else Path(path).parent
+    rows = read_json(path)
+    try:
+        files = [row["image"] for row in rows]
+        centre = np.array([row["center"] for row in rows], float).reshape(-1, 2)
+        scale = np.array([row["scale"] for row in rows], float)
+        xy = np.array([row["joints"] for row in rows], float).reshape(-1, 16, 2) - 1
+        seen = np.array([row["joints_vis"] for row in rows], float).reshape(-1, 16, 1) * 2
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is neither a COCO keypoint file nor MPII's list: an entry lacks {error}") from None
+    centre[:, 1] += 15 * scale
+    centre, side = centre - 1, 200 * scale[:, None]
+    boxes = np.concatenate([centre - side / 2, side, side], 1).astype(np.float32)
+    keypoints = np.concatenate([np.where(seen > 0, xy, 0), seen], 2).astype(np.float32)
+    people = people_at(folder, files, boxes, MPII_JOINTS, MPII_LINKS, keypoints)
+    people, notes = measured(people, path, max_bad)
+    return people, notes | {"rows": len(rows)}
+
+
+def people_at(folder, files, boxes, joints, skeleton, keypoints=None, image_id=None, size=None):
+    """People from arrays; without image ids each file name gets the next number from 1."""
+    n = len(files)
+    number = {name: i for i, name in enumerate(dict.fromkeys(files), 1)}
+    image_id = [number[name] for name in files] if image_id is None else image_id
+    return People(
+        folder=str(folder), files=np.array(files, dtype=np.bytes_).reshape(n), boxes=np.asarray(boxes, np.float32),
+        size=np.zeros((n, 2), np.int32) if size is None else np.asarray(size, np.int32),
+        keypoints=np.zeros((n, len(joints), 3), np.float32) if keypoints is None else keypoints,
+        pose_id=np.full(n, -1), annotation_id=np.arange(1, n + 1), image_id=np.array(image_id, np.int64),
+        area=np.asarray(boxes)[:, 2:].prod(1).astype(np.float32) * pose.BOX_AREA, joints=list(joints),
+        skeleton=[tuple(pair) for pair in skeleton], flip=flip_ids(list(joints)), category={"id": 1},
+    )  # fmt: skip
+
+
+def measured(people, path, max_bad):
+    """Fill in the pictures' sizes from their headers; leave out up to `max_bad` unreadable ones."""
+    sizes, bad = {}, {}
+    for name in dict.fromkeys(people.files.tolist()):
+        try:
+            with Image.open(Path(people.folder) / name.decode()) as picture:
+                sizes[name] = picture.size
+        except (OSError, SyntaxError, ValueError) as error:
+            bad[name.decode()] = str(error)
+    if len(bad) > max_bad:
+        name, reason = next(iter(bad.items()))
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(f"cannot read picture {people.folder}/{name}{more} (of {path}): {reason}; max_bad allows some")
+    people = people.take(np.array([name in sizes for name in people.files.tolist()], bool))
+    size = np.array([sizes[name] for name in people.files.tolist()], np.int32).reshape(-1, 2)
+    return people._replace(size=size), {"bad": list(bad), "clipped": 0}
+
+
+def coco_document(people, keypoints=None, joint_scores=None, score=None):
+    """People → COCO keypoint JSON; optionally other keypoints (N, K, 3), joint scores (N, K) and scores (N,)."""
+    keypoints = people.keypoints if keypoints is None else keypoints
+    images, annotations = {}, []
+    for n in range(len(people.files)):
+        image, (w, h) = int(people.image_id[n]), people.size[n].tolist()
+        images[image] = {"id": image, "file_name": people.files[n].decode(), "width": w, "height": h}
+        row = {"id": int(people.annotation_id[n]), "image_id": image, "category_id": 1, "iscrowd": 0}
+        row |= {"bbox": [round(float(v), 2) for v in people.boxes[n]], "area": float(people.area[n])}
+        row["num_keypoints"] = int((keypoints[n, :, 2] > 0).sum())
+        row["keypoints"] = [round(float(v), 3) for v in keypoints[n].flatten()]
+        if score is not None:
+            row |= {"score": float(score[n]), "keypoint_scores": [round(float(v), 4) for v in joint_scores[n]]}
+        annotations.append(row)
+    skeleton = [[a + 1, b + 1] for a, b in people.skeleton]
+    category = {"id": 1, "name": "person", "supercategory": "person", "keypoints": people.joints, "skeleton": skeleton}
+    return {"images": list(images.values()), "annotations": annotations, "categories": [category]}
+
+
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def read_folder(folder, joints, skeleton, max_bad=0):
+    """All pictures below `folder`, each as one person whose box is the whole picture.
+
+    → (People, {file name, or number it consists of: (file name, (w, h), image id)} for `read_boxes`).
+    """
+    folder = Path(folder)
+    files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.suffix.lower() in PICTURES)
+    if not files:
+        raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
+    people = people_at(folder, files, np.ones((len(files), 4)), joints, skeleton)
+    people, notes = measured(people, folder, max_bad)
+    damaged = find_bad_pictures(people)
+    if len(damaged) + len(notes["bad"]) > max_bad:
+        raise UserError(f"{folder}/{damaged[0][0]} is {damaged[0][1]}; mend it or allow it by max_bad=")
+    people = people.take(~np.isin(people.files, np.array([name.encode() for name, _ in damaged], dtype=np.bytes_)))
+    boxes = np.concatenate([np.zeros_like(people.size), people.size], 1).astype(np.float32)
+    people = people._replace(boxes=boxes, area=boxes[:, 2:].prod(1) * pose.BOX_AREA)
+    entries = [(f.decode(), tuple(s), int(i)) for f, s, i in zip(people.files, people.size.tolist(), people.image_id)]
+    numbers = {int(Path(entry[0]).stem): entry for entry in entries if Path(entry[0]).stem.isdigit()}  # COCO's names
+    return people, numbers | {entry[0]: entry for entry in entries}
+
+
+def read_boxes(path, images, people, category_id=1):
+    """Person detections as COCO publishes them: [{image_id, bbox, score, category_id}] → (People, score (N,)).
+
+    images: {image id or file name: (file name, (w, h))}; an entry may name its picture by `file_name` instead of id.
+    people: of the same pictures, for joints and folder. Entries of other categories are left out.
+    """
+    files, ids, sizes, boxes, scores = [], [], [], [], []
+    rows = read_json(path)
+    try:
+        for row in rows:
+            if row.get("category_id", category_id) != category_id:
+                continue
+            key = row["file_name"] if "file_name" in row else row["image_id"]
+            if key not in images:
+                raise UserError(f"{path}: a box names picture {key!r}, which is not among the pictures")
+            (name, size, image_id), box = images[key], [float(v) for v in row["bbox"]]
+            if len(box) != 4 or not min(box[2:]) > 0:
+                raise UserError(f"{path}: box {box} of picture {key!r}; x, y, w, h with w, h > 0 are needed")
+            x, y = box[0] + box[2] / 2, box[1] + box[3] / 2
+            if not (0 <= x <= size[0] and 0 <= y <= size[1]):
+                raise UserError(f"{path}: box {box} lies outside its {tuple(size)} picture {key!r}")
+            for column, value in zip(
+                (files, ids, sizes, boxes, scores), (name, image_id, size, box, row.get("score", 1.0))
+            ):
+                column.append(value)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is no list of boxes (image_id or file_name, bbox, score): {error!r}") from None
+    if not files:
+        raise UserError(f"{path} holds no person boxes")
+    people = people_at(people.folder, files, boxes, people.joints, people.skeleton, image_id=ids, size=sizes)
+    return people, np.array(scores, np.float64)
+
+
+def read_mpii_heads(path, n):
+    """MPII's official ground-truth .mat → (head size (n,) px = .6 × head box diagonal, labelled (n, 16) bool)."""
+    try:
+        mat = scipy.io.loadmat(path)
+        boxes, missing = np.asarray(mat["headboxes_src"], float), np.asarray(mat["jnt_missing"])
+    except Exception as error:  # scipy raises many kinds for a file that is no .mat
+        raise UserError(f"{path} is not MPII's ground-truth .mat (headboxes_src, jnt_missing): {error}") from None
+    if boxes.shape != (2, 2, n) or missing.shape != (16, n):
+        raise UserError(
+            f"{path} describes {boxes.shape[-1]} people, the annotation file {n}; use the pair that belong together"
+        )
+    return 0.6 * np.linalg.norm(boxes[1] - boxes[0], axis=0), (missing == 0).T
+
+
+# ----------------------------------------------------------------------------------------------------- input pictures
+
+
+class PosePictures(Dataset):
+    """Item (epoch, index) → the person's input: picture uint8 (3, H, W), keypoints (K, 3) input px, matrix (2, 3).
+
+    Training adds mirror, half body, scale and rotation [ViTPose], a function of (seed, epoch, index).
+    """
+
+    def __init__(self, cfg, people, training):
+        self.people, self.starts = [people], [0, len(people.files)]  # as PoseBatches asks
+        self.cfg, self.training, self.size = cfg, training, (cfg.height, cfg.width)
+        self.aspect = cfg.width / cfg.height
+        self.centre, self.extent = pose.regions(people.boxes, self.aspect, cfg.padding)
+        self.lower = pose.lower_body(people.joints)
+
+    def __len__(self):
+        return self.starts[1]
+
+    def name(self, index):
+        return f"{self.people[0].folder}/{self.people[0].files[index].decode()}"
+
+    def __getitem__(self, item):
+        epoch, index = item
+        people, keypoints = self.people[0], self.people[0].keypoints[index].copy()
+        centre, extent, degrees, mirror = self.centre[index], self.extent[index], 0.0, False
+        if self.training:
+            centre, extent, degrees, mirror = self.augment(seed_key=(epoch, index), keypoints=keypoints)
+        matrix = pose.affine(centre, extent, self.size, degrees, mirror)
+        keypoints[:, :2] = pose.to_input(matrix, keypoints[:, :2])
+        if mirror:
+            keypoints = keypoints[people.flip]
+        picture = load_picture(people.folder, people.files[index], people.size[index])
+        pixels = torch.from_numpy(pose.warp(picture, matrix, self.size)).permute(2, 0, 1).contiguous()
+        return {"image": pixels, "keypoints": torch.from_numpy(keypoints), "matrix": matrix, "index": index}
+
+    def augment(self, seed_key, keypoints):
+        """→ (centre, extent, degrees, mirror) of the region to cut out."""
+        cfg, index = self.cfg, seed_key[1]
+        rng = np.random.default_rng([cfg.seed, *seed_key])
+        centre, extent, degrees = self.centre[index], self.extent[index], 0.0
+        mirror = rng.random() < cfg.flip
+        if rng.random() < cfg.half_body:
+            centre, extent = pose.half_body(keypoints, self.lower, self.aspect, rng) or (centre, extent)
+        extent = extent * np.clip(rng.normal(1, cfg.scale), 1 - cfg.scale, 1 + cfg.scale)
+        if rng.random() < cfg.rotation_p:
+            degrees = float(np.clip(rng.normal(0, cfg.rotation), -2 * cfg.rotation, 2 * cfg.rotation))
+        return centre, extent, degrees, mirror

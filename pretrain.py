@@ -1,0 +1,344 @@
+"""Stage 2 of GenPoCCL: picture sets → an encoder with [CLS] and [POSE].  L = L_rec + γ1·L_align + γ2·L_mp  (Fig. 2)
+
+Inputs   COCO keypoint JSON files with pictures: generated sets (annotations carry pose_id: pictures of one pose are
+         positives) and real ones (no pose_id: they train L_rec and L_align and are left out of L_mp).
+Outputs  in `out`: encoder.safetensors, last.pt (everything to resume), log.jsonl, config.yaml, and pictures:
+         reconstructions.png, neighbours.png (nearest by [POSE]), attention.png ([CLS] and [POSE]).
+
+  python pretrain.py --cfg configs/pretrain_demo.yaml                       laptop
+  torchrun --nproc_per_node=8 pretrain.py --cfg configs/pretrain_coco.yaml  GPUs
+
+MAE, HAP and StableRep are settings of this script: configs/pretrain_{mae,hap,stablerep}.yaml.
+Legend: B pictures on this rank · M all ranks · N patches · D width · K joints · P pictures per pose · h, w grid.
+"""
+
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import pictures
+from common import (
+    Key,
+    Log,
+    UserError,
+    autocast,
+    barrier,
+    generator_of,
+    learning_rate,
+    load_checkpoint,
+    load_weights,
+    open_run,
+    parameter_groups,
+    rank_rows,
+    read_config,
+    run_stage,
+    save_checkpoint,
+    save_encoder,
+    seed_all,
+    set_learning_rate,
+    start_ranks,
+)
+from data import PoseBatches, PretrainPictures, noise_size, normalize, part_guided_mask, random_mask, read_people
+from losses import contrastive_health, gather_rows_of
+from model import SIZES, Decoder, GenPoCCL, Projector, ViT, load_pretrained
+
+KEYS = dict(
+    out=Key("runs/pretrain", "run folder"),
+    # data
+    annotations=Key([], "COCO keypoint JSON files, generated and real ones together"),
+    images=Key([], "picture folder of each file (default: `images` beside it, or its own folder)"),
+    shares=Key([], "share of each file in an epoch (default: every picture once)", "[silent]", of=float, low=0),
+    max_bad=Key(0, "missing, empty or truncated pictures that may be left out, counted", low=0),
+    height=Key(256, "input height", "[HAP]", low=16),
+    width=Key(128, "input width", "[HAP]", low=16),
+    box_padding=Key(1.25, "person boxes grow by this before cropping, within the picture", low=1),
+    augmentation=Key("hap", "hap: crop and flip; strong: + jitter, grey, blur [StableRep]", "[HAP]", ("hap", "strong")),
+    pictures_per_pose=Key(5, "P: pictures of one pose in a batch; 1 = poses are not grouped", "[silent]", low=1),
+    batch=Key(4096, "pictures in a global batch", "[HAP]", low=1),
+    # model
+    size=Key("base", "encoder size", "[HAP]", tuple(SIZES)),
+    patch=Key(16, "patch side in pixels", "[MAE]", low=1),
+    pose_token=Key(True, "a second token, [POSE]", "[paper]"),
+    init=Key(None, "weights to start from: ours, MAE, HAP, timm or torchvision ViT", "[HAP] starts from MAE ViT-B"),
+    views=Key(2, "independent maskings of each picture", "[HAP]", (1, 2)),
+    mask=Key("part", "part: part-guided [HAP]; random [MAE]; none [StableRep]", "[HAP]", ("part", "random", "none")),
+    mask_ratio=Key(0.5, "share of masked patches", "[HAP]", low=0, high=0.95),
+    decoder=Key(True, "masked decoder and L_rec", "[HAP]"),
+    pose_in_decoder=Key(True, "[POSE] is seen by the decoder", "[silent]"),
+    # losses
+    gamma_align=Key(0.05, "γ1, weight of L_align", "[paper]", low=0),
+    gamma_mp=Key(0.05, "γ2, weight of L_mp", "[paper]", low=0),
+    tau_align=Key(0.2, "temperature of L_align", "[HAP]", low=1e-4),
+    tau_mp=Key(0.1, "temperature of L_mp", "[StableRep], paper silent", low=1e-4),
+    mp_token=Key("pose", "token of L_mp", "[paper]; cls: [StableRep]", ("pose", "cls")),
+    projector=Key("none", "before L_mp: none, or mlp (3 layers, batch norm)", "[silent]", ("none", "mlp")),
+    projector_width=Key(4096, "hidden width of the mlp projector", "[StableRep]", low=1),
+    projector_out=Key(256, "output width of the mlp projector", "[StableRep]", low=1),
+    views_are_positives=Key(True, "two views of one picture are positives in L_mp", "[silent]"),
+    gather_gradient=Key(True, "gradient through gathered keys of L_align (false: as HAP's release)"),
+    # optimiser
+    epochs=Key(400, "passes over the data", "[HAP]", low=1),
+    warmup_epochs=Key(40.0, "linear warm-up", "[HAP]", low=0),
+    blr=Key(1.5e-4, "base learning rate; lr = blr · batch / 256", "[HAP] [MAE]", low=0),
+    weight_decay=Key(0.05, "AdamW weight decay, not on 1-D parameters and tokens", "[HAP] [MAE]", low=0),
+    beta2=Key(0.95, "AdamW β2 (β1 = .9)", "[HAP] [MAE]", low=0, high=0.99999),
+    clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[HAP] [MAE]", low=0),
+    accumulate=Key(1, "gradient accumulation; only 1: smaller batches have fewer negatives", low=1),
+    seed=Key(0, "seed of everything", low=0),
+    # machine
+    precision=Key("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16")),
+    compile=Key(False, "torch.compile the model"),
+    checkpoint_activations=Key(False, "recompute activations: less memory, more time", free=True),
+    device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
+    workers=Key(2, "loader processes per rank", low=0, free=True),
+    save_every=Key(500, "steps between checkpoints", low=1, free=True),
+    log_every=Key(1, "steps between log lines", low=1, free=True),
+    picture_every=Key(0, "steps between pictures; 0 = only at the end", low=0, free=True),
+)  # fmt: skip
+
+
+def main():
+    cfg = read_config(KEYS, __doc__)
+    rank, world, device = start_ranks(cfg.device)
+    check(cfg)
+
+    dataset, batches, report = build_data(cfg, rank, world)
+    seed_all(cfg.seed)  # initial weights
+    model = build_model(cfg)
+    total = cfg.epochs * batches.steps_per_epoch
+    state = open_run(cfg, KEYS, rank)
+    if state == "finished":
+        print(f"{cfg.out} is finished already") if rank == 0 else None
+        return
+    model.to(device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=0.0, betas=(0.9, cfg.beta2), fused=True)
+    step = resume(cfg, model, optimizer) if state == "resume" else 0
+    log = Log(cfg.out, total, step, rank, "pretrain")
+    log.say(report + f", {total} steps of {cfg.batch}, {sum(p.numel() for p in model.parameters()):,} parameters")
+
+    train(cfg, model, optimizer, dataset, batches, step, total, log, rank, world, device)
+
+    draw(cfg, model, dataset, device, rank)
+    if rank == 0:
+        (Path(cfg.out) / "done").touch()
+    log.close()
+    log.say(f"wrote {cfg.out}/encoder.safetensors, reconstructions.png, neighbours.png, attention.png")
+    barrier()
+
+
+def check(cfg):
+    """Settings that are valid one by one but not together."""
+    if not cfg.annotations:
+        raise UserError("annotations= names no file; give COCO keypoint JSON files, e.g. of generate.py")
+    if cfg.images and len(cfg.images) != len(cfg.annotations):
+        raise UserError(f"images= has {len(cfg.images)} folders for {len(cfg.annotations)} annotation files")
+    if cfg.height % cfg.patch or cfg.width % cfg.patch:
+        raise UserError(f"height={cfg.height} and width={cfg.width} must be multiples of patch={cfg.patch}")
+    if cfg.accumulate > 1:
+        raise UserError(
+            "accumulate>1 is refused: accumulated gradients do not enlarge a contrastive batch (each part sees only "
+            "its own negatives); use more ranks, checkpoint_activations=true or precision=bf16"
+        )
+    if cfg.decoder == (cfg.mask == "none"):
+        raise UserError(f"decoder={cfg.decoder} with mask={cfg.mask}: L_rec needs masked patches")
+    if cfg.gamma_align and cfg.views < 2:
+        raise UserError("gamma_align > 0 needs views=2: L_align compares two views of a picture")
+    if cfg.mp_token == "pose" and not cfg.pose_token and cfg.gamma_mp:
+        raise UserError("mp_token=pose needs pose_token=true")
+    if cfg.gamma_mp and cfg.pictures_per_pose * (cfg.views if cfg.views_are_positives else 1) < 2:
+        raise UserError(
+            "a batch cannot hold one positive pair: pictures_per_pose=1 and the views are no positives; "
+            "raise pictures_per_pose or set gamma_mp=0"
+        )
+
+
+def build_data(cfg, rank, world):
+    """→ (dataset, batch sampler, a sentence about what was read)."""
+    people, dropped, bad, clipped = [], [], 0, 0
+    for f, path in enumerate(cfg.annotations):
+        folder = cfg.images[f] if cfg.images else None
+        file_people, notes = read_people(path, folder, max_bad=cfg.max_bad - bad)
+        people.append(file_people)
+        bad, clipped = bad + len(notes["bad"]), clipped + notes["clipped"]
+        dropped += [f] if notes["bad"] else []
+    dataset = PretrainPictures(people, (cfg.height, cfg.width), cfg.seed, cfg.box_padding, cfg.augmentation)
+    grouped = int((dataset.pose_id >= 0).sum())
+    if cfg.gamma_mp and not grouped:
+        raise UserError(
+            f"a batch cannot hold one positive pair: no annotation of {', '.join(cfg.annotations)} has a pose_id; "
+            "add a generated set or set gamma_mp=0"
+        )
+    batches = PoseBatches(dataset, cfg.batch, cfg.pictures_per_pose, cfg.shares, cfg.seed, rank, world, dropped)
+    report = f"{len(dataset)} people, {grouped} with a pose group, {bad} bad pictures left out, {clipped} boxes clipped"
+    return dataset, batches, report
+
+
+def build_model(cfg):
+    """The encoder (from `init` if given), decoder and projector of cfg, as one module whose forward is the method."""
+    s = SIZES[cfg.size]
+    encoder = ViT(
+        s["width"], s["depth"], s["heads"], (cfg.height, cfg.width), cfg.patch, pose_token=cfg.pose_token,
+        checkpoint_activations=cfg.checkpoint_activations,
+    )  # fmt: skip
+    if cfg.init:
+        used, unused, missing = load_pretrained(encoder, load_checkpoint(cfg.init), cfg.init)
+        print(f"{cfg.init}: {len(used)} keys used; not used: {unused or 'none'}; not in the file: {missing or 'none'}")
+    decoder = Decoder(
+        encoder, s["decoder_width"], s["decoder_depth"], s["decoder_heads"], cfg.pose_in_decoder
+    ) if cfg.decoder else None  # fmt: skip
+    return GenPoCCL(
+        encoder, decoder, Projector(s["width"], cfg.projector, cfg.projector_width, cfg.projector_out),
+        mask_ratio=cfg.mask_ratio, gamma_align=cfg.gamma_align, gamma_mp=cfg.gamma_mp, tau_align=cfg.tau_align,
+        tau_mp=cfg.tau_mp, mp_token=cfg.mp_token, views_are_positives=cfg.views_are_positives,
+        gather_gradient=cfg.gather_gradient,
+    )  # fmt: skip
+
+
+def draw_masks(cfg, keypoints, grid, step, rank, world):
+    """One mask (B, N) per view, from numbers drawn for the global batch: f(seed, step) and this rank's rows of it."""
+    if cfg.mask == "none":
+        return [None] * cfg.views
+    n = noise_size(grid) if cfg.mask == "part" else grid[0] * grid[1]
+    masks = []
+    for view in range(cfg.views):
+        generator = generator_of(cfg.seed, step, view, device=keypoints.device)
+        noise = torch.rand(len(keypoints) * world, n, generator=generator, device=keypoints.device)
+        noise = rank_rows(noise, rank, world)
+        if cfg.mask == "part":
+            masks.append(part_guided_mask(keypoints, grid, cfg.mask_ratio, cfg.patch, noise=noise))
+        else:
+            masks.append(random_mask(noise, cfg.mask_ratio))
+    return masks
+
+
+def train(cfg, model, optimizer, dataset, batches, first, total, log, rank, world, device):
+    """The loop. Nothing in a step waits for the device: its figures are read while the next step runs."""
+    loader = DataLoader(
+        dataset, batch_sampler=batches.run(first, total), num_workers=cfg.workers, pin_memory=device.type == "cuda"
+    )
+    if cfg.compile:
+        model.compile()
+    runner = model
+    if world > 1:
+        ids = [device.index] if device.type == "cuda" else None
+        runner = DistributedDataParallel(runner, device_ids=ids, gradient_as_bucket_view=True)
+    grid, peak, figures = model.encoder.grid, cfg.blr * cfg.batch / 256, None
+    warmup = round(cfg.warmup_epochs * batches.steps_per_epoch)
+    for step, sample in enumerate(loader, first):
+        seed_all(cfg.seed, step)
+        lr = learning_rate(step, total, warmup, peak)
+        set_learning_rate(optimizer, lr)
+        images = normalize(sample["image"].to(device, non_blocking=True))
+        keypoints = sample["keypoints"].to(device, non_blocking=True)
+        pose_id = sample["pose_id"].to(device, non_blocking=True)
+        masks = draw_masks(cfg, keypoints, grid, step, rank, world)
+        with autocast(device, cfg.precision):
+            result = runner(images, masks, pose_id)
+        result["total"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        settle(figures, dataset, cfg, log, rank)  # the step before this one
+        figures = Figures(step, lr, result, norm, sample["index"])
+        last = step + 1 == total
+        if last or (step + 1) % cfg.save_every == 0:
+            settle(figures, dataset, cfg, log, rank)  # never save after a non-finite loss
+            figures = None
+            save(cfg, model, optimizer, step + 1, rank)
+        if cfg.picture_every and (step + 1) % cfg.picture_every == 0 and not last:
+            draw(cfg, model, dataset, device, rank)
+        log.advance()
+
+
+class Figures:
+    """One step's figures of all ranks, on their way to the host while the device goes on."""
+
+    NAMES = ["loss", "rec", "align", "mp", "grad_norm"]
+    NAMES += ["positive_cosine", "negative_cosine", "anchors_without_positive", "without_pose"]  # with L_mp only
+
+    def __init__(self, step, lr, result, norm, index):
+        self.step, self.lr, self.index = step, lr, index
+        own = [result["total"], result["rec"], result["align"], result["mp"], norm]
+        if result["z"] is not None:
+            own += contrastive_health(result["z"], result["z_pose_id"]).values()
+        own = torch.stack([value.detach().float() for value in own])
+        self.ranks = gather_rows_of(own[None]).to("cpu", non_blocking=True)  # (ranks, figures)
+        self.bad = result["bad"].to("cpu", non_blocking=True)
+        self.copied = torch.cuda.Event() if own.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+
+def settle(figures, dataset, cfg, log, rank):
+    """Check a step's figures and log them. A non-finite loss stops all ranks; the last checkpoint stays."""
+    if figures is None:
+        return
+    if figures.copied:
+        figures.copied.synchronize()
+    finite = figures.ranks.isfinite().all(1)
+    if not finite.all():
+        ranks = (~finite).nonzero().flatten().tolist()
+        bad = figures.bad.nonzero().flatten().tolist() or range(len(figures.index))
+        names = [dataset.name(int(figures.index[i])) for i in bad]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        raise UserError(
+            f"non-finite loss or gradient at step {figures.step} on rank(s) {ranks}; this rank's pictures: "
+            f"{', '.join(names[:8])}{more}; the last checkpoint stays; lower blr or look at these pictures"
+        )
+    if figures.step % cfg.log_every == 0:
+        row = dict(zip(Figures.NAMES, figures.ranks.mean(0).tolist()))
+        row["pictures_per_s"] = log.rate(figures.step + 1, cfg.batch)
+        log.write(step=figures.step + 1, lr=figures.lr, **row, shown=("loss", "rec", "align", "mp", "pictures_per_s"))
+
+
+def save(cfg, model, optimizer, step, rank):
+    if rank == 0:
+        out, e = Path(cfg.out), model.encoder
+        save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
+        save_encoder(
+            out / "encoder.safetensors", e, size=cfg.size, width=e.width, depth=e.depth, heads=SIZES[cfg.size]["heads"],
+            height=cfg.height, width_px=cfg.width, patch_size=cfg.patch, pose_token=cfg.pose_token,
+        )  # fmt: skip
+
+
+def resume(cfg, model, optimizer):
+    """Load last.pt into model and optimiser. → steps done (0 if the run was killed before its first checkpoint)."""
+    path = Path(cfg.out) / "last.pt"
+    if not path.exists():
+        return 0
+    state = load_checkpoint(path)
+    if not {"model", "optimizer", "step"} <= set(state):
+        raise UserError(f"{path} is not a checkpoint of pretrain.py; delete it to start this run anew")
+    load_weights(model, state["model"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
+
+
+@torch.no_grad()
+def draw(cfg, model, dataset, device, rank):
+    """Pictures of the same first people at every call: reconstructions, [POSE] neighbours, attention. Rank 0 only."""
+    if rank == 0:
+        model.eval()
+        out, samples = Path(cfg.out), [dataset[(0, i)] for i in range(min(256, len(dataset)))]
+        images = torch.stack([s["image"] for s in samples])
+        keypoints = torch.stack([s["keypoints"] for s in samples])
+        inputs = normalize(images.to(device))
+        if cfg.decoder:
+            mask = draw_masks(cfg, keypoints[:8].to(device), model.encoder.grid, 0, 0, 1)[0]
+            visible = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, : model.n_visible]
+            pred = model.decoder(model.encoder(inputs[:8], visible), visible)  # not model(): its losses ask all ranks
+            pictures.reconstruction_sheet(inputs[:8], mask, pred, cfg.patch, out / "reconstructions.png")
+        special = torch.cat([model.encoder(part)[:, : model.encoder.n_special] for part in inputs.split(64)]).cpu()
+        name, pose_id = "[POSE]" if cfg.pose_token else "[CLS]", dataset.pose_id[: len(images)].tolist()
+        pictures.neighbour_sheet(images, special[:, -1], pose_id, out / "neighbours.png", name)
+        maps = model.encoder.attention_maps(inputs[:8]).cpu()
+        pictures.attention_sheet(images[:8], maps, out / "attention.png")
+        model.train()
+    barrier()
+
+
+if __name__ == "__main__":
+    run_stage(main)

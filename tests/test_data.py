@@ -1,0 +1,325 @@
+"""Readers, pre-training pictures, pose batches and part-guided masks."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from common import UserError
+from data import PoseBatches, PretrainPictures, part_guided_mask, random_mask, read_people
+
+# ------------------------------------------------------------------------------------------------------------ files
+
+
+def write_set(folder, n_poses=4, per_pose=3, size=(32, 64), pose_ids=True, seed=0, **changes):
+    """A COCO keypoint file with pictures; `changes` replace fields of the first annotation."""
+    rng = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    images, annotations = [], []
+    for i in range(n_poses * per_pose):
+        name, (w, h) = f"{i:03d}.jpg", size
+        Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).save(folder / "images" / name)
+        points = np.concatenate([rng.random((17, 2)) * size, np.full((17, 1), 2)], 1)
+        images.append({"id": i, "file_name": name, "width": w, "height": h})
+        annotations.append(
+            {"id": 100 + i, "image_id": i, "category_id": 1, "bbox": [0, 0, w, h], "area": w * h, "iscrowd": 0}
+            | {"keypoints": points.ravel().tolist(), "num_keypoints": 17}
+            | ({"pose_id": i // per_pose} if pose_ids else {})
+        )
+    annotations[0].update(changes)
+    category = {"id": 1, "name": "person", "keypoints": data.COCO_JOINTS, "skeleton": [[1, 2], [16, 99]]}
+    path = folder / "annotations.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": [category]}))
+    return path
+
+
+def test_reader_gives_arrays_and_drops_links_outside_the_joints(tmp_path):
+    people, notes = read_people(write_set(tmp_path))
+    assert people.keypoints.shape == (12, 17, 3) and people.boxes.shape == (12, 4)
+    assert people.pose_id.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    assert people.skeleton == [(0, 1)] and notes == {"bad": [], "clipped": 0}
+    assert people.flip == [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]
+
+
+def test_flip_of_other_joint_sets():
+    joints = ["right_ankle", "left_ankle", "neck", "left_ear"]
+    assert data.flip_ids(joints) == [1, 0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_id": 77}, "image id 77"),
+        ({"bbox": [400, 0, 10, 10]}, "outside"),
+        ({"bbox": [-50, -50, 20, 20]}, "outside"),
+        ({"bbox": [0, 0, 0, 5]}, "w, h > 0"),
+        ({"bbox": [0, 0, 5]}, "x, y, w, h"),
+        ({"keypoints": [1, 2, 2] * 16}, "need 51"),
+        ({"keypoints": ["a"] * 51}, "COCO keypoint file"),
+        ({"id": "x"}, "COCO keypoint file"),
+    ],
+)
+def test_bad_annotations_get_one_clear_line(tmp_path, changes, words):
+    path = write_set(tmp_path, **changes)
+    with pytest.raises(UserError, match=words) as error:
+        read_people(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"images": [], "annotations": [], "categories": []}', "{", "\xff", "3"])
+def test_files_that_are_no_keypoint_files(tmp_path, text):
+    path = tmp_path / "x.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError):
+        read_people(path)
+    with pytest.raises(UserError):
+        read_people(tmp_path / "absent.json")
+
+
+def test_bad_pictures_are_named_counted_and_left_out_up_to_max_bad(tmp_path):
+    path = write_set(tmp_path)
+    (tmp_path / "images/000.jpg").unlink()
+    (tmp_path / "images/004.jpg").write_bytes(b"")
+    whole = (tmp_path / "images/008.jpg").read_bytes()
+    (tmp_path / "images/008.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"000\.jpg is missing and 2 more"):
+        read_people(path)
+    with pytest.raises(UserError, match="max_bad=3"):
+        read_people(path, max_bad=2)
+    people, notes = read_people(path, max_bad=3)
+    assert notes["bad"] == ["000.jpg", "004.jpg", "008.jpg"] and len(people.files) == 9
+    # Poses made short by the skipped pictures are left out as whole groups; a pose that was short before is an error.
+    dataset = PretrainPictures([people], (64, 32), 0)
+    batches = PoseBatches(dataset, 3, 3, [], 0, dropped=[0])
+    assert set(dataset.pose_id[batches.epoch_slots(0)].ravel()) == {3}
+    with pytest.raises(UserError, match="pose 0 has 2 picture"):
+        PoseBatches(dataset, 3, 3, [], 0)
+
+
+def test_picture_of_another_size_than_declared(tmp_path):
+    people, _ = read_people(write_set(tmp_path))
+    Image.new("RGB", (10, 10)).save(tmp_path / "images/000.jpg")
+    with pytest.raises(UserError, match=r"000\.jpg is \(10, 10\)"):
+        PretrainPictures([people], (64, 32), 0)[(0, 0)]
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_keypoints_follow_crop_flip_and_resize(tmp_path):
+    """A bright dot is drawn at a joint: after augmentation the joint is still where the dot is."""
+    path = write_set(tmp_path, n_poses=1, per_pose=1, size=(96, 160))
+    people, _ = read_people(path)
+    canvas = np.zeros((160, 96, 3), np.uint8)
+    canvas[79:82, 39:42] = 255  # centre (40, 80)
+    Image.fromarray(canvas).save(tmp_path / "images/000.jpg", quality=100)
+    points = np.zeros((1, 17, 3), np.float32)
+    points[0, 9] = (40, 80, 2)  # left wrist
+    dataset = PretrainPictures([people._replace(keypoints=points)], (128, 64), seed=0)
+    sides = set()
+    for epoch in range(20):
+        sample = dataset[(epoch, 0)]
+        joint = int(sample["keypoints"][:, 2].argmax())
+        sides.add(joint)
+        light = sample["image"].float().sum(0).clamp(min=200) - 200
+        rows, columns = torch.meshgrid(torch.arange(128.0), torch.arange(64.0), indexing="ij")
+        centre = torch.stack([(light * columns).sum(), (light * rows).sum()]) / light.sum()
+        assert (centre - sample["keypoints"][joint, :2]).abs().max() < 0.35
+    assert sides == {9, 10}  # a mirrored left wrist is a right wrist
+
+
+def test_sample_depends_on_seed_epoch_index_only(tmp_path):
+    people, _ = read_people(write_set(tmp_path))
+    one, two = (PretrainPictures([people], (64, 32), seed=3, augmentation="strong") for _ in range(2))
+    for i in (5, 2):
+        one[(0, i)]
+    assert torch.equal(one[(1, 4)]["image"], two[(1, 4)]["image"])
+    assert not torch.equal(one[(1, 4)]["image"], two[(2, 4)]["image"])
+
+
+# ---------------------------------------------------------------------------------------------------------- batches
+
+
+def two_sets(tmp_path):
+    generated, _ = read_people(write_set(tmp_path / "a", n_poses=10, per_pose=4))
+    real, _ = read_people(write_set(tmp_path / "b", n_poses=20, per_pose=1, pose_ids=False))
+    return PretrainPictures([generated, real], (64, 32), 0)
+
+
+def test_slots_hold_whole_poses_and_each_picture_once(tmp_path):
+    dataset = two_sets(tmp_path)
+    slots = PoseBatches(dataset, 8, 4, [], 0).epoch_slots(0)
+    assert slots.shape == (15, 4) and sorted(slots.ravel()) == list(range(60))
+    ids = dataset.pose_id[slots]
+    assert all(len(set(row)) == 1 for row in ids)
+    assert not np.array_equal(slots, PoseBatches(dataset, 8, 4, [], 0).epoch_slots(1))
+    assert np.array_equal(slots, PoseBatches(dataset, 8, 4, [], 0).epoch_slots(0))
+
+
+def test_pictures_of_a_pose_are_sampled_without_replacement(tmp_path):
+    dataset = two_sets(tmp_path)
+    seen = set()
+    for epoch in range(30):
+        for row in PoseBatches(dataset, 4, 2, [], 0).epoch_slots(epoch):
+            if dataset.pose_id[row[0]] == 0:
+                assert row[0] != row[1]
+                seen |= set(row.tolist())
+    assert seen == {0, 1, 2, 3}
+
+
+def test_shares_are_kept_in_an_epoch_and_evenly_spread(tmp_path):
+    dataset = two_sets(tmp_path)
+    slots = PoseBatches(dataset, 4, 1, [1, 3], 0).epoch_slots(0)  # P = 1: 60 slots, a quarter from the first file
+    first = slots[:, 0] < 40
+    assert first.sum() == 15 and 6 <= first[:30].sum() <= 9
+    with pytest.raises(UserError, match="one number"):
+        PoseBatches(dataset, 4, 1, [1], 0)
+
+
+def test_ranks_share_out_each_batch(tmp_path):
+    dataset = two_sets(tmp_path)
+    whole = list(PoseBatches(dataset, 16, 4, [], 0).run(0, 7))
+    parts = [list(PoseBatches(dataset, 16, 4, [], 0, r, 2).run(0, 7)) for r in range(2)]
+    assert [a + b for a, b in zip(*parts)] == whole
+    assert list(PoseBatches(dataset, 16, 4, [], 0).run(4, 7)) == whole[4:]  # a resumed run goes on with the same
+    with pytest.raises(UserError, match="multiple of 12"):
+        PoseBatches(dataset, 16, 4, [], 0, 0, 3)
+    with pytest.raises(UserError, match="larger than"):
+        PoseBatches(dataset, 400, 4, [], 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ masks
+
+GRID, PATCH = (16, 8), 16
+
+
+def random_people(n, missing=0.2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    points = torch.rand(n, 17, 3, generator=g)
+    points[..., 0] = points[..., 0] * 160 - 16  # some outside the picture: clipped
+    points[..., 1] = points[..., 1] * 288 - 16
+    points[..., 2] = (points[..., 2] > missing).float() * 2
+    return points
+
+
+def loop_mask(points, noise):
+    """The mask of one picture from its noise, in plain Python, as the method describes it."""
+    h, w = GRID
+    N, n_masked = h * w, h * w // 2
+    rounds, tries = data.BLOCK_ROUNDS, data.BLOCK_TRIES
+    block, order, k, amount, within, rest = np.split(noise, np.cumsum([rounds * tries * 4, 6, 1, 6, 6 * N]))
+    blocked = np.zeros((h, w), bool)
+    for r in range(rounds):
+        for t in range(tries):
+            area_u, aspect_u, top_u, left_u = block.reshape(rounds, 4, tries)[r, :, t]
+            budget = n_masked - blocked.sum()
+            area = np.float32(12 + area_u * np.float32(max(0, budget - 12)))
+            aspect = np.float32(math.exp((2 * float(aspect_u) - 1) * -math.log(0.3)))
+            tall, wide = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+            if tall > h or wide > w:
+                continue
+            top, left = int(top_u * (h - tall + 1)), int(left_u * (w - wide + 1))
+            new = (~blocked[top : top + tall, left : left + wide]).sum()
+            if 0 < new <= budget:
+                blocked[top : top + tall, left : left + wide] = True
+                break
+    parts = []
+    for links in data.PARTS:
+        patches = np.zeros((h, w), bool)
+        for a, b in links:
+            if points[a, 2] > 0 and points[b, 2] > 0:
+                columns = [min(w - 1, max(0, math.floor(points[j, 0] / PATCH))) for j in (a, b)]
+                rows = [min(h - 1, max(0, math.floor(points[j, 1] / PATCH))) for j in (a, b)]
+                patches[min(rows) : max(rows) + 1, min(columns) : max(columns) + 1] = True
+        parts.append(patches.ravel())
+    front = []
+    usable = [p for p in np.argsort(order) if parts[p].any()]
+    for p in usable[: int(k[0] * 7)]:
+        own = np.flatnonzero(parts[p])
+        chosen = own[np.argsort(within.reshape(6, N)[p][own])][: int(np.float32(len(own)) * amount[p] * 0.3)]
+        front += [i for i in chosen[np.argsort(rest[chosen])] if i not in front]
+    others = [i for i in np.argsort(rest) if i not in front]
+    order = front + [i for i in others if blocked.ravel()[i]] + [i for i in others if not blocked.ravel()[i]]
+    mask = np.zeros(N, bool)
+    mask[order[:n_masked]] = True
+    return mask, len(front)
+
+
+def test_part_guided_mask_equals_the_loop():
+    points = random_people(40)
+    noise = torch.rand(40, data.noise_size(GRID), generator=torch.Generator().manual_seed(1))
+    masks = part_guided_mask(points, GRID, 0.5, PATCH, noise=noise).numpy()
+    fronts = []
+    for i in range(40):
+        expected, front = loop_mask(points[i].numpy(), noise[i].numpy())
+        fronts.append(front)
+        assert np.array_equal(masks[i], expected), i
+    assert max(fronts) > 10  # parts really guide some of them
+
+
+def test_mask_count_is_exact_and_rows_are_independent():
+    points = random_people(512)
+    for ratio in (0.5, 0.6, 0.75):
+        masks = part_guided_mask(points, GRID, ratio, PATCH, torch.Generator().manual_seed(0))
+        assert masks.dtype == torch.bool and masks.shape == (512, 128)
+        assert (masks.sum(1) == round(ratio * 128)).all()
+    noise = torch.rand(512, data.noise_size(GRID), generator=torch.Generator().manual_seed(0))
+    whole = part_guided_mask(points, GRID, 0.5, PATCH, noise=noise)
+    half = part_guided_mask(points[256:], GRID, 0.5, PATCH, noise=noise[256:])
+    assert torch.equal(whole[256:], half)  # what a second rank computes
+
+
+def test_number_of_parts_is_uniform_and_fraction_below_a_third():
+    """One-patch picture parts far apart: the share of parts with masked front patches follows k ~ U{0..6}, U(0, .3)."""
+    torch.manual_seed(0)
+    points = random_people(1, missing=0.0).repeat(4000, 1, 1)
+    size = data.part_patches(points[:1], GRID, PATCH).sum(2)[0]
+    noise = torch.rand(4000, data.noise_size(GRID))
+    k = (noise[:, 400 + 6] * 7).long()
+    counts = torch.bincount(k, minlength=7) / 4000
+    assert (counts - 1 / 7).abs().max() < 0.02
+    # Freeze the block mask and the rest: what differs from k = 0 is due to the parts alone.
+    still = noise.clone()
+    still[:, 406] = 0.0
+    with_parts = part_guided_mask(points, GRID, 0.5, PATCH, noise=noise)
+    without = part_guided_mask(points, GRID, 0.5, PATCH, noise=still)
+    changed = (with_parts != without).any(1)
+    assert not changed[k == 0].any() and changed[k == 6].float().mean() > 0.95
+    moved = [(with_parts & ~without)[k == i].sum(1).float().mean().item() for i in range(7)]
+    assert all(a < b for a, b in zip(moved, moved[1:]))  # more parts, more guided patches
+    assert (with_parts & ~without).sum(1).max() <= 0.3 * size.sum()
+
+
+def test_no_keypoints_gives_a_pure_block_mask():
+    noise = torch.rand(300, data.noise_size(GRID), generator=torch.Generator().manual_seed(0))
+    empty = torch.zeros(300, 17, 3)
+    masks = part_guided_mask(empty, GRID, 0.5, PATCH, noise=noise)
+    block = data.block_mask(noise[:, :400], GRID, 64)
+    assert (masks | ~block).all()  # every block patch is masked
+    assert (block.sum(1) <= 64).all() and block.sum(1).float().mean() > 60
+    # Blocks are blocks: a masked patch has far more masked neighbours than under a random mask.
+    def neighbours(m):
+        m = m.view(-1, *GRID).float()
+        return ((m[:, 1:] * m[:, :-1]).sum() / m[:, 1:].sum()).item()
+
+    assert neighbours(masks) > neighbours(random_mask(torch.rand(300, 128), 0.5)) + 0.15
+
+
+def test_random_mask():
+    masks = random_mask(torch.rand(2000, 128, generator=torch.Generator().manual_seed(0)), 0.75)
+    assert (masks.sum(1) == 96).all() and (masks.float().mean(0) - 0.75).abs().max() < 0.05
+
+
+def test_real_sets(data_root):
+    lsp, _ = read_people(data_root / "lspet/train.json")
+    market, _ = read_people(data_root / "market1501/person_keypoints_train.json")
+    dataset = PretrainPictures([lsp, market], (256, 128), 0)
+    assert len(dataset) == 3000 + 7010 and (dataset.pose_id == -1).all()
+    sample = dataset[(0, 4000)]
+    assert sample["image"].shape == (3, 256, 128) and (sample["keypoints"][:, 2] > 0).sum() > 5
+    coco, _ = read_people(data_root / "coco/person_keypoints.json", min_joints=1)
+    assert 0 < len(coco.files) < 309

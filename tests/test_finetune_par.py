@@ -1,0 +1,399 @@
+"""Attributes: metrics against plain loops and scikit-learn, the loss against a loop, readers of the official files,
+averaged weights, training that learns, ranks, resume after a kill, prediction, and errors in one line."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from scipy.io import savemat
+from sklearn.metrics import balanced_accuracy_score, jaccard_score, precision_score, recall_score
+
+import attributes
+import finetune_par
+from common import UserError, load_checkpoint
+from data import EpochBatches
+from finetune_par import attribute_metrics, weighted_bce
+
+TINY = ["size=tiny", "patch=8", "height=32", "width=16", "pad=2", "workers=0", "device=cpu", "log_every=1"]
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
+
+
+def write_people(folder, kind, n, seed=0):
+    """n pictures of one colour with CSV of red, dark, always (never negative), never (never positive)."""
+    rng = np.random.default_rng(seed)
+    (folder / kind).mkdir(parents=True, exist_ok=True)
+    rows = [["image", "red", "dark", "always", "never"]]
+    for i in range(n):
+        red, dark = int(rng.random() < 0.5), int(rng.random() < 0.4)
+        pixels = rng.normal(COLOURS["red" if red else "blue"], 12, (32, 16, 3)) * (0.35 if dark else 1)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / kind / f"{i}.png")
+        rows.append([f"{kind}/{i}.png", red, dark, 1, 0])
+    with open(folder / f"{kind}.csv", "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return str(folder / f"{kind}.csv")
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("people")
+    return {kind: write_people(folder, kind, n, n) for kind, n in (("train", 24), ("val", 9), ("test", 7))}
+
+
+def args(people, out, *more, kinds=("train", "test")):
+    return [*(f"{k}={people[k]}" for k in kinds), f"out={out}", *TINY, *more]
+
+
+def run(monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["finetune_par.py", *map(str, arguments)])
+    finetune_par.main()
+
+
+def slow_metrics(p, y):
+    """The reference definitions as loops in float64."""
+    n, a = p.shape
+    ma, acc, prec, rec = [], [], [], []
+    for j in range(a):
+        tp = sum(p[i, j] > 0.5 and y[i, j] == 1 for i in range(n))
+        tn = sum(p[i, j] <= 0.5 and y[i, j] == 0 for i in range(n))
+        pos, neg = sum(y[i, j] == 1 for i in range(n)), sum(y[i, j] == 0 for i in range(n))
+        ma.append(((tp / pos if pos else 0) + (tn / neg if neg else 0)) / 2)
+    for i in range(n):
+        yes, true = {j for j in range(a) if p[i, j] > 0.5}, {j for j in range(a) if y[i, j] == 1}
+        acc.append(len(yes & true) / len(yes | true) if yes | true else 0)
+        prec.append(len(yes & true) / len(yes) if yes else 0)
+        rec.append(len(yes & true) / len(true) if true else 0)
+    P, R = np.mean(prec), np.mean(rec)
+    return dict(mA=np.mean(ma), accuracy=np.mean(acc), precision=P, recall=R, f1=2 * P * R / (P + R) if P + R else 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_metrics_equal_loops_with_lonely_attributes_and_empty_pictures(seed):
+    rng = np.random.default_rng(seed)
+    p, y = rng.random((23, 6)), (rng.random((23, 6)) < 0.3).astype(int)
+    y[:, 0], y[5], p[5], p[6, 2] = 0, 0, 0.1, 0.5
+    y[:, 1] = 1
+    y[5, 1] = 2  # unknown: picture 5 says nothing and nothing is true of it
+    got = attribute_metrics(p, y)
+    for name, value in slow_metrics(p, y).items():
+        assert got[name] == pytest.approx(value, abs=1e-12), name
+    assert not got["both"][:2].any() and got["mA_both"] == pytest.approx(got["attribute_mA"][got["both"]].mean())
+    assert all(np.isfinite(v).all() for v in got.values())
+    as_tensors = attribute_metrics(torch.from_numpy(p), torch.from_numpy(y))
+    assert as_tensors["mA"] == got["mA"] and as_tensors["f1"] == got["f1"]
+
+
+def test_metrics_equal_scikit_learn():
+    rng = np.random.default_rng(9)
+    p, y = rng.random((60, 5)), (rng.random((60, 5)) < 0.5).astype(int)
+    yes, got = (p > 0.5).astype(int), attribute_metrics(p, y)
+    each = [balanced_accuracy_score(y[:, j], yes[:, j]) for j in range(5)]
+    assert got["mA"] == pytest.approx(np.mean(each))
+    for name, score in (("accuracy", jaccard_score), ("precision", precision_score), ("recall", recall_score)):
+        assert got[name] == pytest.approx(score(y, yes, average="samples", zero_division=0)), name
+
+
+def test_metrics_by_hand():
+    p = np.array([[0.9, 0.2], [0.6, 0.7]])
+    y = np.array([[1, 0], [0, 1]])
+    # attribute 0: TPR 1, TNR 0; attribute 1: both 1. Pictures: {0} vs {0}; {0, 1} vs {1}.
+    got = attribute_metrics(p, y)
+    assert (got["mA"], got["accuracy"], got["precision"], got["recall"]) == (0.75, 0.75, 0.75, 1.0)
+    assert got["f1"] == pytest.approx(6 / 7)
+    with pytest.raises(UserError, match="two equal tables"):
+        attribute_metrics(p, y[:1])
+    with pytest.raises(UserError, match="not a number"):
+        attribute_metrics(p * np.nan, y)
+
+
+def test_loss_equals_a_loop_and_its_gradient():
+    rng = np.random.default_rng(1)
+    logits = torch.tensor(rng.normal(size=(5, 4)), dtype=torch.float32, requires_grad=True)
+    labels, ratio = torch.tensor(rng.integers(0, 2, (5, 4))), torch.tensor([0.0, 1.0, 0.3, 0.8])
+    labels[2, 1] = 2  # RAP v2's "uncertain"
+    total, slope = 0.0, np.zeros((5, 4))
+    for i in range(5):
+        for j in range(4):
+            z, y, r = logits[i, j].item(), labels[i, j].item(), ratio[j].item()
+            if y == 2:
+                continue
+            w, s = np.exp(y * (1 - r) + (1 - y) * r), 1 / (1 + np.exp(-z))
+            total -= w * (np.log(s) if y else np.log(1 - s)) / 5
+            slope[i, j] = w * (s - y) / 5
+    loss = weighted_bce(logits, labels, ratio)
+    loss.backward()
+    assert loss.item() == pytest.approx(total, rel=1e-5)
+    np.testing.assert_allclose(logits.grad.numpy(), slope, atol=1e-6)
+
+
+def cell(items):
+    out = np.empty((len(items), 1), object)
+    out[:, 0] = items
+    return out
+
+
+def config(**more):
+    defaults = {name: key.default for name, key in finetune_par.KEYS.items()}
+    return type("Config", (), defaults | more)
+
+
+def blank(folder, names):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        Image.new("RGB", (4, 8)).save(folder / name)
+
+
+def test_readers_of_official_files(tmp_path):
+    rng = np.random.default_rng(0)
+
+    # PA-100K
+    data, names = {"attributes": cell(["Female", "Hat"])}, {}
+    for kind, n in (("train", 3), ("val", 2), ("test", 2)):
+        names[kind] = [f"{kind}{i}.jpg" for i in range(n)]
+        data[f"{kind}_images_name"] = cell(names[kind])
+        data[f"{kind}_label"] = rng.integers(0, 2, (n, 2)).astype(np.uint8)
+        blank(tmp_path / "pa" / "data", names[kind])
+    savemat(tmp_path / "pa" / "annotation.mat", data)
+    cfg = config(dataset="pa100k", annotation=tmp_path / "pa" / "annotation.mat", trainval=True)
+    found, splits, report = attributes.read_attributes(cfg)
+    assert found == ["Female", "Hat"] and len(splits["train"].files) == 5 and "3 train, 2 val, 2 test" in report
+    np.testing.assert_array_equal(splits["train"].labels, np.concatenate([data["train_label"], data["val_label"]]))
+    assert splits["test"].files[1].endswith("test1.jpg")
+
+    # PETA: four id columns, 105 attributes of which 35 count, 1-based splits
+    labels = rng.integers(0, 2, (6, 105))
+    part = [{"train": [[1 + k], [2]], "val": [[3]], "test": [[4], [5], [6]]} for k in range(2)]
+    peta = {
+        "data": np.concatenate([np.arange(24).reshape(6, 4), labels], 1).astype(np.uint16),
+        "attribute": cell([f"a{i}" for i in range(105)]),
+        "selected_attribute": np.arange(1, 36)[None],
+        "partion_attribute": cell(part),
+    }
+    blank(tmp_path / "peta" / "images", [f"{i:05d}.png" for i in range(1, 7)])
+    savemat(tmp_path / "peta" / "PETA.mat", {"peta": peta})
+    cfg = config(dataset="peta", annotation=tmp_path / "peta" / "PETA.mat", split=1)
+    found, splits, _ = attributes.read_attributes(cfg)
+    assert found == [f"a{i}" for i in range(35)]
+    assert [os.path.basename(f) for f in splits["train"].files] == ["00002.png", "00002.png"]
+    np.testing.assert_array_equal(splits["test"].labels, labels[3:, :35])
+
+    # RAP v2: fields by name, selected attributes
+    labels, files = rng.integers(0, 3, (5, 8)), [f"p{i}.png" for i in range(5)]
+    part = [{"train_index": [[1, 2]], "val_index": [[3]], "test_index": [[4, 5]]}] * 5
+    rap = {"name": cell(files), "data": labels, "attribute": cell([f"b{i}" for i in range(8)])}
+    rap |= {"selected_attribute": np.array([[2, 4, 8]]), "partition_attribute": cell(part)}
+    blank(tmp_path / "rap" / "RAP_dataset", files)
+    path = tmp_path / "rap" / "RAP_annotation.mat"
+    savemat(path, {"RAP_annotation": rap})
+    found, splits, _ = attributes.read_attributes(config(dataset="rap", annotation=path, split=4))
+    assert found == ["b1", "b3", "b7"]
+    np.testing.assert_array_equal(splits["train"].labels, labels[:2, [1, 3, 7]])
+
+    # RAP v1: fields by place, train + test only, 92 attributes of which 51 count
+    labels = rng.integers(0, 2, (5, 92))
+    part = [{"trainval": [[1, 3]], "test": [[2, 4, 5]]}] * 5
+    v1 = {"partion": cell(part), "label": labels, "attribute_chn": cell(["?"] * 92)}
+    v1 |= {"attribute_eng": cell([f"c{i}" for i in range(92)]), "position": labels, "imagesname": cell(files)}
+    savemat(path, {"RAP_annotation": v1})
+    found, splits, _ = attributes.read_attributes(config(dataset="rap", annotation=path))
+    assert len(found) == 51 and not splits["val"].files
+    np.testing.assert_array_equal(splits["test"].labels, labels[[1, 3, 4], :51])
+
+
+def test_bad_annotation_is_one_clear_line(tmp_path, people):
+    data = {"attributes": cell(["a", "b"])}
+    for kind in ("train", "val", "test"):
+        data |= {f"{kind}_images_name": cell(["x.jpg", "y.jpg"]), f"{kind}_label": np.zeros((3, 2))}
+    path = tmp_path / "annotation.mat"
+    savemat(path, data)
+    for more, message in (
+        ({"dataset": "pa100k", "annotation": path}, r"labels of shape \(3, 2\) for 2 train pictures"),
+        ({"dataset": "peta", "annotation": path}, 'no variable "peta"'),
+        ({"dataset": "pa100k", "annotation": tmp_path / "none.mat"}, "cannot read"),
+        ({"dataset": "pa100k", "annotation": people["train"]}, "cannot read .* as a .mat file"),
+        ({"train": people["train"], "test": people["test"], "images": str(tmp_path)}, "is missing .*set images="),
+        ({"train": people["train"], "test": people["test"], "select": "val"}, "no validation pictures"),
+    ):
+        with pytest.raises(UserError, match=message):
+            attributes.read_attributes(config(**more))
+    bad = tmp_path / "bad.csv"
+    for text, message in (
+        ("image,red\na.png,2\n", "line 2"),
+        ("image,red\na.png\n", "line 2"),
+        ("red\n1\n", "must start with"),
+        ("", "must start with"),
+        ("image,red\n", "a split is empty"),
+    ):
+        bad.write_text(text)
+        with pytest.raises(UserError, match=message):
+            attributes.read_attributes(config(train=str(bad), test=str(bad)))
+
+
+def test_average_is_the_stated_recursion():
+    model = torch.nn.Linear(2, 1)
+    run_ = finetune_par.Run(model, config(), 1)
+    expected = model.weight.detach().double().clone()
+    for step in range(30):
+        with torch.no_grad():
+            model.weight += 1.0
+        run_.average(config(ema=0.7), step)
+        d = min(0.7, (1 + step) / (10 + step))
+        expected = d * expected + (1 - d) * model.weight.detach().double()
+    torch.testing.assert_close(run_.ema.weight.double(), expected, rtol=1e-5, atol=1e-5)
+    run_.average(config(ema=1.0, ema_warmup=False), 0)
+    torch.testing.assert_close(run_.ema.weight.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_epoch_batches_cover_an_epoch_and_ranks_share_them():
+    whole = [set(map(tuple, b)) for b in EpochBatches(11, 4, 3, 0, 4)]
+    halves = [[set(map(tuple, b)) for b in EpochBatches(11, 4, 3, 0, 4, rank, 2)] for rank in range(2)]
+    assert [a | b for a, b in zip(*halves)] == whole and all(len(b) == 4 for b in whole)
+    assert not whole[0] & whole[1] and list(EpochBatches(11, 4, 3, 3, 4)) == list(EpochBatches(11, 4, 3, 0, 4))[3:]
+
+
+def test_one_batch_is_overfitted():
+    torch.manual_seed(0)
+    model, _, _ = finetune_par.build_model(config(size="tiny", patch=8, height=32, width=16), list("abc"))
+    images, labels = torch.randn(8, 3, 32, 16), torch.randint(0, 2, (8, 3))
+    optimizer, ratio = torch.optim.AdamW(model.parameters(), 1e-3), (labels == 1).float().mean(0)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = weighted_bce(model(images), labels, ratio)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+    assert attribute_metrics(model(images).sigmoid(), labels)["mA"] == 1.0
+
+
+def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, monkeypatch, capfd):
+    more = ("select=val", "epochs=6", "batch=8", "lr=1.0e-3", "ema=0.5")
+    run(monkeypatch, args(people, tmp_path / "a", *more, kinds=("train", "val", "test")))
+    said = capfd.readouterr().err
+    assert "never positive in train: never" in said and "never negative in test: always" in said
+    assert "one class only in test" in said and "reported epoch" in said
+    got = json.loads((tmp_path / "a" / "metrics.json").read_text())
+    assert got["pictures"] == 7 and got["mA_both"] > 0.9 and got["one_class_only"] == ["always", "never"]
+    lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    assert len([line for line in lines if "val_mA" in line]) == 6
+    best = max(line["val_mA"] for line in lines if "val_mA" in line)
+    assert load_checkpoint(tmp_path / "a" / "last.pt")["best"] == pytest.approx(best, rel=1e-5)
+    for name in ("attributes.csv", "attributes.png", "examples.png", "encoder.safetensors", "done"):
+        assert (tmp_path / "a" / name).exists(), name
+
+    # the written model gives the same figures again, and sentences for a folder
+    weights = f"weights={tmp_path / 'a' / 'model.safetensors'}"
+    run(monkeypatch, args(people, tmp_path / "b", weights, "eval_only=true"))
+    assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == got
+    folder = os.path.splitext(people["test"])[0]
+    run(monkeypatch, [weights, f"predict={folder}", f"out={tmp_path / 'c'}", "workers=0", "device=cpu"])
+    rows = list(csv.DictReader(open(tmp_path / "c" / "predictions.csv")))
+    truth = {row["image"].split("/")[1]: row for row in csv.DictReader(open(people["test"]))}
+    assert len(rows) == 7 and list(rows[0]) == ["image", "red", "dark", "always", "never"]
+    right = sum((float(r[a]) > 0.5) == (truth[r["image"]][a] == "1") for r in rows for a in ("red", "dark"))
+    assert right >= 13
+
+    # the fine-tuned encoder starts another run, with another token, size and grid
+    encoder = f"encoder={tmp_path / 'a' / 'encoder.safetensors'}"
+    run(
+        monkeypatch,
+        args(people, tmp_path / "d", encoder, "token=both", "epochs=1", "batch=8", "height=48", "size=base"),
+    )
+    assert load_checkpoint(tmp_path / "d" / "model.safetensors")["head.weight"].shape == (4, 384)
+
+
+def test_settings_that_do_not_fit_are_refused(people, tmp_path, monkeypatch):
+    for more, message in (
+        (["batch=99"], "larger than the 24 pictures"),
+        (["trainval=true", "select=val"], "not trained on"),
+        (["eval_only=true"], "need weights="),
+        (["weights=x.safetensors"], "encoder="),
+        (["eval_only=true", f"weights={people['train']}"], "no model.safetensors"),
+        (["dataset=peta"], "needs annotation="),
+        ([f"predict={tmp_path}", "weights=x"], "holds no pictures"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(monkeypatch, args(people, tmp_path / "x", *more))
+    assert not (tmp_path / "x").exists()
+    result = command([*args(people, tmp_path / "x"), "eopchs=3"])
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "epochs" in result.stderr
+
+
+def command(arguments, ranks=1, script=ROOT / "finetune_par.py", **options):
+    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launch += [] if ranks == 1 else [f"--nproc_per_node={ranks}"]
+    return subprocess.run([*launch, script, *map(str, arguments)], capture_output=True, text=True, **options)
+
+
+def test_resume_after_a_kill_is_bitwise(people, tmp_path, monkeypatch):
+    more = ("epochs=4", "batch=4", "save_every=1")
+    run(monkeypatch, args(people, tmp_path / "whole", *more))
+    arguments = [sys.executable, ROOT / "finetune_par.py", *args(people, tmp_path / "cut", *more)]
+    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "cut" / "last.pt").exists() and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "cut" / "done").exists()
+    assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] < 24
+    run(monkeypatch, args(people, tmp_path / "cut", *more))
+    for name in ("attributes.csv", "metrics.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    whole, cut = (load_checkpoint(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 25))
+
+
+RANKS = """
+import sys, torch
+sys.path.insert(0, {root!r})
+import finetune_par
+from common import start_ranks, rank_rows
+from torch.nn.parallel import DistributedDataParallel
+
+rank, world, device = start_ranks("cpu")
+model, images, labels, ratio = torch.load({start!r}, weights_only=False)
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+runner = DistributedDataParallel(model)
+finetune_par.weighted_bce(runner(rank_rows(images, rank, world)), rank_rows(labels, rank, world), ratio).backward()
+optimizer.step()
+if rank == 0:
+    torch.save(model.state_dict(), {end!r})
+finetune_par.main()
+"""
+
+
+def test_two_ranks_equal_one_process_and_count_each_picture_once(people, tmp_path, monkeypatch):
+    torch.manual_seed(3)
+    model, _, _ = finetune_par.build_model(config(size="tiny", patch=8, height=32, width=16), list("abcd"))
+    images, labels = torch.randn(6, 3, 32, 16), torch.randint(0, 2, (6, 4))
+    ratio = (labels == 1).float().mean(0)
+    torch.save((model, images, labels, ratio), tmp_path / "start.pt")
+    script = tmp_path / "ranks.py"
+    script.write_text(RANKS.format(root=str(ROOT), start=str(tmp_path / "start.pt"), end=str(tmp_path / "end.pt")))
+    more = ("epochs=1", "batch=6", "lr=1.0e-4")
+    result = command(args(people, tmp_path / "two", *more), 2, script)
+    assert result.returncode == 0, result.stderr
+
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weighted_bce(model(images), labels, ratio).backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    moved = torch.load(tmp_path / "end.pt")
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(moved[name], value, rtol=1e-4, atol=1e-6)
+    assert any((value - before[name]).abs().max() > 1e-3 for name, value in moved.items())
+
+    run(monkeypatch, args(people, tmp_path / "one", *more))
+    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    assert one["pictures"] == two["pictures"] == 7 and one["mA"] == pytest.approx(two["mA"])
+    a, b = (load_checkpoint(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert all((a[name] - b[name]).abs().max() < 2e-5 for name in a)

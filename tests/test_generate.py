@@ -1,0 +1,621 @@
+"""generate.py: real diffusers pipelines built tiny, pose/prompt pairing, refusals, audit; the puppet under kills."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import generate
+import pictures
+from common import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+JOINTS = generate.CATEGORY["keypoints"]
+STANDING = np.array(  # a person in a 100 × 200 box, COCO-17
+    [[50, 20], [54, 16], [46, 16], [58, 18], [42, 18], [68, 45], [32, 45], [76, 75], [24, 75], [80, 105], [20, 105]]
+    + [[60, 105], [40, 105], [62, 145], [38, 145], [64, 190], [36, 190]],
+    float,
+)
+
+
+def person(number, image, x, y, zoom=1.0, seen=17):
+    keypoints = np.concatenate([STANDING * zoom + [x, y], np.full((17, 1), 2.0)], 1)
+    keypoints[seen:] = 0
+    box = [x, y, 100 * zoom, 200 * zoom]
+    return dict(
+        id=number, image_id=image, category_id=1, iscrowd=0, keypoints=keypoints.ravel().tolist(), num_keypoints=seen,
+        bbox=box, area=box[2] * box[3] * 0.6,
+    )  # fmt: skip
+
+
+def write_poses(folder):
+    """Three pictures of two shapes, four people in them and one too few-jointed; the pictures do not exist."""
+    images = [
+        dict(id=i, file_name=f"{i}.jpg", width=w, height=h) for i, w, h in ((7, 300, 280), (8, 300, 280), (9, 400, 210))
+    ]
+    people = [
+        person(1, 7, 20, 40),
+        person(2, 7, 150, 60),
+        person(3, 8, 100, 30, 1.2),
+        person(4, 9, 150, 5),
+        person(5, 9, 20, 5, seen=4),
+    ]
+    document = dict(images=images, annotations=people, categories=[generate.CATEGORY])
+    captions = [dict(id=10 * i + j, image_id=i, caption=f"caption {j} of {i}") for i in (7, 8, 9) for j in range(3)]
+    (folder / "poses.json").write_text(json.dumps(document))
+    (folder / "captions.json").write_text(json.dumps(dict(images=images, annotations=captions)))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Stable Diffusion, both adapters and ViTPose with random weights, saved as a user's folders would be."""
+    import diffusers
+    import transformers
+
+    root = tmp_path_factory.mktemp("tiny")
+    write_poses(root)
+    torch.manual_seed(0)
+    letters = [chr(c) for c in range(33, 127)]
+    vocabulary = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (root / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+    (root / "merges.txt").write_text("#version: 0.2\n")
+    last = len(vocabulary) - 1
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
+        bos_token_id=last - 1, eos_token_id=last, pad_token_id=last,
+    )  # fmt: skip
+    unet = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32, 32, 32), layers_per_block=1, sample_size=8, norm_num_groups=8,
+        cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), attention_head_dim=4,
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=[16] * 4, norm_num_groups=8, latent_channels=4,
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        ),
+        text_encoder=transformers.CLIPTextModel(text),
+        tokenizer=transformers.CLIPTokenizer(str(root / "vocab.json"), str(root / "merges.txt"), model_max_length=77),
+        unet=unet,
+        scheduler=diffusers.PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(root / "sd")
+    diffusers.T2IAdapter(
+        in_channels=3, channels=[16, 32, 32, 32], num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter"
+    ).save_pretrained(root / "t2i")
+    control = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
+    for name, weight in control.named_parameters():  # zero in a fresh ControlNet: it would not steer at all
+        if "cond_embedding" in name and weight.ndim == 4:
+            torch.nn.init.normal_(weight, std=2 / weight[0].numel() ** 0.5)
+        elif name.startswith(("controlnet_down", "controlnet_mid")) and weight.ndim == 4:
+            torch.nn.init.normal_(weight, std=0.03)
+    control.save_pretrained(root / "controlnet")
+
+    vision = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4)
+    clip = transformers.CLIPConfig(vision_config=dict(vision, image_size=32, patch_size=8), projection_dim=16)
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+
+    checker = StableDiffusionSafetyChecker(clip)
+    torch.nn.init.normal_(checker.concept_embeds)
+    reader = transformers.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    pipe.register_modules(safety_checker=checker, feature_extractor=reader)
+    pipe.save_pretrained(root / "sd_checked")
+
+    backbone = transformers.VitPoseBackboneConfig(
+        image_size=(64, 48),
+        patch_size=(16, 16),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        out_indices=[2],
+    )
+    config = transformers.VitPoseConfig(backbone_config=backbone, num_labels=17)
+    transformers.VitPoseForPoseEstimation(config).save_pretrained(root / "vitpose")
+    transformers.VitPoseImageProcessor(size={"height": 64, "width": 48}).save_pretrained(root / "vitpose")
+    return root
+
+
+def arguments(tiny, backend="t2i_adapter", **more):
+    keys = dict(
+        backend=backend, annotations=tiny / "poses.json", captions=tiny / "captions.json", model=tiny / "sd", steps=2,
+        adapter=tiny / ("t2i" if backend == "t2i_adapter" else "controlnet"), resolution=128, min_joints=5, batch=4,
+        pictures_per_pose=3, chunk=2, device="cpu",
+    )  # fmt: skip
+    return [f"{name}={value}" for name, value in (keys | more).items()]
+
+
+def run(monkeypatch, words):
+    """generate.py in this process."""
+    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
+    generate.main()
+    return [word.split("=")[1] for word in map(str, words) if word.startswith("out=")][0]
+
+
+def read(out):
+    return json.loads((Path(out) / "annotations.json").read_text())
+
+
+def config(tiny, **more):
+    cfg = generate.read_config(generate.KEYS, "", arguments(tiny, **more))
+    generate.check_config(cfg)
+    return cfg
+
+
+def scenes_of(cfg):
+    people, rows, _ = generate.read_poses(cfg)
+    wanted = generate.group_rows(people.image_id, rows)
+    prompts = generate.read_prompts(cfg, list(wanted))
+    return [generate.Scene(cfg, people, rows, rows, prompts[i]) for i, rows in wanted.items()]
+
+
+def pixels(picture):
+    return np.asarray(picture, np.int16)
+
+
+# --------------------------------------------------------------------------------------------------------- drawings
+
+
+def test_keypose_drawing_pixels():
+    keypoints = np.zeros((17, 3))
+    keypoints[[5, 7]] = [[20, 30, 1], [40, 30, 2]]  # left shoulder, left elbow
+    keypoints[[6, 8]] = [[60, 30, 0.05], [80, 30, 1]]  # right shoulder under the score floor
+    canvas = np.asarray(pictures.draw_keypose([keypoints], (100, 60)))
+    assert canvas.shape == (60, 100, 3)
+    assert tuple(canvas[30, 30]) == (0, 255, 0) and tuple(canvas[30, 20]) == (0, 255, 0)  # left link and joint
+    assert tuple(canvas[30, 80]) == (0, 128, 255) and not canvas[30, 70].any() and not canvas[30, 60].any()
+    assert canvas[28, 80].any() and not canvas[27, 80].any()  # joint radius 2
+    assert (canvas[:, 30].any(1)).sum() == 2  # link 2 px wide
+
+
+def test_openpose_drawing_pixels():
+    keypoints = np.zeros((17, 3))
+    keypoints[[5, 6]] = [[70, 40, 2], [30, 40, 2]]  # both shoulders: the neck lies between them
+    canvas = np.asarray(pictures.draw_openpose([keypoints], (100, 80)))
+    assert tuple(canvas[40, 50]) == (255, 85, 0)  # neck, the second colour
+    assert tuple(canvas[40, 30]) == (255, 170, 0) and tuple(canvas[40, 70]) == (85, 255, 0)
+    assert tuple(canvas[40, 40]) == (153, 0, 0)  # limb neck - right shoulder: the first colour × 0.6
+    assert 7 <= canvas[:, 40].any(1).sum() <= 9  # half-width 4
+    keypoints[5] = 0
+    canvas = np.asarray(pictures.draw_openpose([keypoints], (100, 80)))
+    assert not canvas[40, 50].any() and canvas[40, 30].any()  # no neck without both shoulders
+
+
+def test_overlay_and_sheet(tmp_path):
+    keypoints = np.concatenate([STANDING, np.full((17, 1), 2.0)], 1)
+    links = [(5, 7), (6, 8), (16, 99)]  # the last names no joint
+    drawn = np.asarray(pictures.overlay(np.full((3, 200, 100), 90, np.uint8), keypoints, links, JOINTS, scale=2))
+    assert drawn.shape == (400, 200, 3)
+    assert tuple(drawn[150, 152]) == pictures.OVERLAY_LEFT and tuple(drawn[150, 48]) == pictures.OVERLAY_RIGHT
+    pictures.sheet([[drawn, None], [drawn]], tmp_path / "s.png", ["a", "b " * 90], ["x", "y"], "title", (60, 120))
+    assert Image.open(tmp_path / "s.png").size[0] > 2 * 60 + 150
+
+
+# -------------------------------------------------------------------------------------------------------- diffusion
+
+
+@pytest.mark.parametrize("backend", ["t2i_adapter", "controlnet"])
+def test_pose_and_prompt_stay_together(tiny, backend):
+    """Picture k of a pose is the same alone and among others, and another prompt or condition gives another one."""
+    cfg = config(tiny, backend=backend, batch=8)
+    pipe = generate.load_painter(cfg, torch.device("cpu"))
+    a, b = scenes_of(cfg)[:2]
+    assert a.size == b.size and a.prompt != b.prompt
+    jobs = [(scene, k) for scene in (a, b) for k in range(2)]
+
+    def paint(jobs, swap_prompt=False, swap_condition=False):
+        other = {id(a): b, id(b): a}
+        seeds = [generate.picture_seed(cfg.seed, scene.unit, k) for scene, k in jobs]
+        prompts = [(other[id(scene)] if swap_prompt else scene).prompt for scene, _ in jobs]
+        conditions = [(other[id(scene)] if swap_condition else scene).condition for scene, _ in jobs]
+        return [pixels(p) for p in generate.paint(pipe, cfg, conditions, prompts, seeds, a.size)]
+
+    together, alone = paint(jobs), [paint([job])[0] for job in jobs]
+    for i, picture in enumerate(together):
+        assert abs(picture - alone[i]).max() <= 2  # uint8 steps: only rounding may differ between batch sizes
+    for swapped in (paint(jobs, swap_prompt=True), paint(jobs, swap_condition=True)):
+        assert all(abs(x - y).max() > 4 for x, y in zip(swapped, together))
+    assert abs(together[0] - together[1]).mean() > 5  # the seed alone changes everything
+
+
+def test_diffusion_set(tiny, tmp_path, monkeypatch):
+    out = run(monkeypatch, arguments(tiny, out=tmp_path / "a", first_pose=0))
+    document = read(out)
+    rows, images = document["annotations"], {image["id"]: image for image in document["images"]}
+    assert [row["pose_id"] for row in rows] == [p for p in (1, 2, 3, 4) for _ in range(3)]
+    for row in rows:
+        image = images[row["image_id"]]
+        picture = Image.open(Path(out) / "images" / image["file_name"])
+        assert picture.size == (image["width"], image["height"]) and row["num_keypoints"] == 17
+        assert row["caption"].endswith(f"of {row['source_image_id']}")
+        assert row["seed"] == generate.picture_seed(0, row["source_image_id"], row["k"])
+        xy = np.reshape(row["keypoints"], (17, 3))[:, :2] / picture.size
+        want = (STANDING + 0.5) / [100, 200]
+        assert (
+            abs(xy - want).max() < 0.06
+        )  # joints follow the crop: half a pixel of cropping, at most a 64-px-high person
+    by_pose = {p: {row["caption"] for row in rows if row["pose_id"] == p} for p in (1, 2, 3, 4)}
+    assert all(len(captions) == 1 for captions in by_pose.values())  # one prompt for all K
+    summary = json.loads((Path(out) / "summary.json").read_text())
+    assert summary["left_out"] == {"with fewer than 5 joints": 1} and summary["pictures"] == 12
+    assert not (Path(out) / ".parts").exists() and (Path(out) / "sheet.png").stat().st_size > 1000
+    # the same again after a kill in the middle: chunk 1 is painted anew, chunk 0 is not
+    shutil.copytree(out, tmp_path / "full")
+    broken = tmp_path / "b"
+    real = generate.write_chunk
+
+    def dies(cfg, number, rows, retried):
+        if number == 1:
+            raise RuntimeError("killed")
+        return real(cfg, number, rows, retried)
+
+    monkeypatch.setattr(generate, "write_chunk", dies)
+    with pytest.raises(RuntimeError, match="killed"):
+        run(monkeypatch, arguments(tiny, out=broken, first_pose=0))
+    assert not (broken / "annotations.json").exists()
+    monkeypatch.setattr(generate, "write_chunk", real)
+    assert same_set(run(monkeypatch, arguments(tiny, out=broken, first_pose=0)), out)
+
+
+def test_refused_pictures_are_retried_and_never_stored(tiny, tmp_path, monkeypatch, capsys):
+    """The real safety checker, its threshold set so that it refuses one of the nine first pictures."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker, cosine_distance
+    from transformers import CLIPImageProcessor
+
+    cfg = config(tiny)
+    pipe, folder = generate.load_painter(cfg, torch.device("cpu")), tmp_path / "sd"
+    scenes = scenes_of(cfg)
+    keys = [(scene, k) for scene in scenes for k in range(3)]
+    seeds = [generate.picture_seed(0, scene.unit, k) for scene, k in keys]
+    painted = [generate.paint(pipe, cfg, [s.condition], [s.prompt], [n], s.size)[0] for (s, _), n in zip(keys, seeds)]
+    shutil.copytree(tiny / "sd_checked", folder)
+    checker = StableDiffusionSafetyChecker.from_pretrained(folder / "safety_checker")
+    reader = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
+    with torch.no_grad():
+        seen = checker.vision_model(reader(painted, return_tensors="pt").pixel_values)[1]
+        concept, order = cosine_distance(checker.visual_projection(seen), checker.concept_embeds)[:, 0].sort()
+        refused = keys[order[-1]][0]
+        checker.concept_embeds_weights.fill_(2.0)  # a cosine is never so large
+        checker.special_care_embeds_weights.fill_(2.0)
+        checker.concept_embeds_weights[0] = (concept[-1] + concept[-2]) / 2  # one of nine is nearer
+        assert concept[-1] - concept[-2] > 0.004  # the checker rounds to 0.001
+    checker.save_pretrained(folder / "safety_checker")
+
+    out = run(monkeypatch, arguments(tiny, out=tmp_path / "a", model=folder, retries=30))
+    rows, summary = read(out)["annotations"], json.loads((tmp_path / "a/summary.json").read_text())
+    assert summary["painted_again"] > 0 and len(rows) == 12
+    moved = [row for row in rows if row["seed"] != generate.picture_seed(0, row["source_image_id"], row["k"])]
+    assert moved and all(
+        row["seed"] in [generate.picture_seed(0, row["source_image_id"], row["k"], t) for t in range(1, 31)]
+        for row in moved
+    )
+    for image in read(out)["images"]:
+        assert np.asarray(Image.open(tmp_path / "a/images" / image["file_name"])).max() > 30
+    # No retries: a pose short of one picture is left out whole, and named.
+    out = run(monkeypatch, arguments(tiny, out=tmp_path / "b", model=folder, retries=0))
+    summary = json.loads((tmp_path / "b/summary.json").read_text())
+    why = "black or refused by the safety checker"
+    assert summary["poses_skipped"] == [{"pose_id": pose, "skipped": why} for pose in refused.pose_ids]
+    assert summary["poses"] == 4 - len(refused.pose_ids)
+    assert len(list((tmp_path / "b/images").iterdir())) == 3 * summary["poses"]
+
+
+def test_overflow_ends_in_no_black_picture(tiny, tmp_path, monkeypatch):
+    import diffusers
+
+    folder = tmp_path / "sd"
+    shutil.copytree(tiny / "sd", folder)
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
+    torch.nn.init.constant_(vae.decoder.conv_out.bias, float("nan"))
+    vae.save_pretrained(folder / "vae")
+    with pytest.raises(UserError, match="black or refused"):
+        run(monkeypatch, arguments(tiny, out=tmp_path / "a", model=folder, retries=1, poses=1))
+    assert not list((tmp_path / "a/images").iterdir())
+
+
+def test_audit(tiny, tmp_path, monkeypatch):
+    audit = dict(audit="vitpose", audit_model=tiny / "vitpose", audit_threshold=0)
+    rows = read(run(monkeypatch, arguments(tiny, out=tmp_path / "a", **audit)))["annotations"]
+    measured = np.array([row["oks"] for row in rows])
+    assert len(rows) == 12 and (0 <= measured).all() and (measured < 1).all() and len(set(measured)) > 3
+    middle = float(np.sort(measured)[4])
+    out = run(monkeypatch, arguments(tiny, out=tmp_path / "b", retries=12, **{**audit, "audit_threshold": middle}))
+    rows, summary = read(out)["annotations"], json.loads((tmp_path / "b/summary.json").read_text())
+    assert rows and min(row["oks"] for row in rows) >= round(middle, 4) and summary["painted_again"] > 0
+    assert len(rows) == 3 * summary["poses"] and summary["oks"]["p10"] >= round(middle, 4)
+    assert all(row["skipped"] == "refused by the audit" for row in summary["poses_skipped"])
+    with pytest.raises(UserError, match="refused by the audit"):
+        run(monkeypatch, arguments(tiny, out=tmp_path / "c", retries=0, poses=2, **{**audit, "audit_threshold": 1}))
+
+
+def test_oks_is_cocos():
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    rng = np.random.default_rng(0)
+    truth = person(1, 7, 20, 40, seen=12)
+    found = np.reshape(truth["keypoints"], (17, 3)) + rng.normal(0, 6, (17, 3))
+    coco, result = COCO(), COCO()
+    coco.dataset = dict(images=[dict(id=7)], annotations=[truth], categories=[generate.CATEGORY])
+    result.dataset = dict(coco.dataset, annotations=[dict(truth, keypoints=found.ravel().tolist(), score=1.0)])
+    coco.createIndex(), result.createIndex()
+    evaluation = COCOeval(coco, result, "keypoints")
+    evaluation._prepare()
+    want = evaluation.computeOks(7, 1)[0, 0]
+    got = generate.oks(found[None, :, :2], np.reshape(truth["keypoints"], (1, 17, 3)), np.array([truth["area"]]))
+    assert 0.05 < want < 0.95 and abs(got[0] - want) < 1e-9
+
+
+def test_prompts(tiny, tmp_path):
+    cfg = config(tiny, seed=3)
+    first = generate.read_prompts(cfg, [7, 8, 9])
+    assert first == generate.read_prompts(cfg, [9, 8, 7])  # of the picture and the seed alone
+    drawn = {generate.read_prompts(config(tiny, seed=s), [7])[7] for s in range(20)}
+    assert drawn == {f"caption {j} of 7" for j in range(3)}
+    with pytest.raises(UserError, match="no caption for image 11 "):
+        generate.read_prompts(cfg, [7, 11])
+    cfg = config(tiny, prompt_template="a {red|blue} person in {a park|a hall}")
+    both = generate.read_prompts(cfg, list(range(7, 60)))
+    assert both[7].startswith("caption") and len({both[i] for i in range(10, 60)}) == 4
+    assert "a red person in a hall" in both.values()
+
+
+# ------------------------------------------------------------------------------------------------- puppet and kills
+
+
+PUPPET = ["poses=60", "pictures_per_pose=3", "height=96", "width=48", "chunk=2", "seed=5"]
+
+
+def same_set(a, b):
+    """Byte-identical annotations and pictures, nothing more and nothing less."""
+    names = [sorted(path.name for path in (Path(out) / "images").iterdir()) for out in (a, b)]
+    return names[0] == names[1] and all(
+        (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes()
+        for name in ("annotations.json", *(f"images/{name}" for name in names[0]))
+    )
+
+
+def start(words, ranks=1):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return [
+        subprocess.Popen(
+            [sys.executable, ROOT / "generate.py", *words],
+            env=dict(environment, **(dict(RANK=str(r), WORLD_SIZE=str(ranks)) if ranks > 1 else {})),
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )
+        for r in range(ranks)
+    ]  # fmt: skip
+
+
+def finish(processes):
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+
+
+def kill_after(records, processes, out):
+    """SIGKILL to the main processes once so many chunks are recorded; → records written by then."""
+    parts = out / ".parts"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(list(parts.glob("[0-9]*.jsonl")) if parts.exists() else []) < records:
+        time.sleep(0.005)
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert not (out / "done").exists(), "finished before the kill; make the set larger"
+    return len(list(parts.glob("[0-9]*.jsonl")))
+
+
+def group_is_gone(group, seconds=10):
+    for _ in range(int(seconds * 20)):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.fixture(scope="module")
+def puppet_set(tmp_path_factory):
+    out = tmp_path_factory.mktemp("puppet") / "reference"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, [*PUPPET, f"out={out}"])
+    return out
+
+
+def test_puppet_kills_workers_and_ranks(puppet_set, tmp_path):
+    """Killed with 2 workers, killed on 2 ranks, finished on 3: the bytes of one undisturbed process."""
+    out, words = tmp_path / "run", [*PUPPET, f"out={tmp_path / 'run'}"]
+    first = start([*words, "workers=2"])
+    done = kill_after(2, first, out)
+    assert group_is_gone(first[0].pid), "rendering workers outlive the killed run"
+    assert done < kill_after(done + 3, start(words, ranks=2), out) < 30
+    (out / "images" / ".7_0.jpg.1.part").write_bytes(b"half")  # what a kill inside a write leaves
+    kept = {path.name: path.stat().st_mtime_ns for path in (out / ".parts").glob("[0-9]*.jsonl")}
+    pose = json.loads((out / ".parts" / sorted(kept)[0]).read_text().splitlines()[1])
+    before = (out / "images" / pose["file_name"]).stat().st_mtime_ns
+    finish(start([*words, "workers=1"], ranks=3))
+    assert (out / "images" / pose["file_name"]).stat().st_mtime_ns == before  # nothing recorded is made twice
+    assert same_set(out, puppet_set)
+
+
+def test_puppet_workers_and_merge_kill(puppet_set, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:  # dies after annotations.json, before the end
+        patch.setattr(generate, "write_sheet", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
+        with pytest.raises(RuntimeError):
+            run(patch, [*PUPPET, f"out={out}", "workers=2"])
+    run(monkeypatch, [*PUPPET, f"out={out}"])
+    assert same_set(out, puppet_set)
+    stamp = (out / "annotations.json").stat().st_mtime_ns
+    run(monkeypatch, [*PUPPET, f"out={out}"])  # finished: says so, changes nothing
+    assert (out / "annotations.json").stat().st_mtime_ns == stamp
+    with pytest.raises(UserError, match="seed 5 -> 6"):
+        run(monkeypatch, [*PUPPET, f"out={out}", "seed=6"])
+
+
+def test_puppet_set_is_what_it_says(puppet_set, tmp_path, monkeypatch):
+    document = read(puppet_set)
+    rows = document["annotations"]
+    assert [row["pose_id"] for row in rows] == [p for p in range(60) for _ in range(3)]
+    assert len({row["seed"] for row in rows}) == 180 and len({row["caption"] for row in rows}) > 150
+    xy = np.array([row["keypoints"] for row in rows]).reshape(60, 3, 17, 3)
+    both = (xy[:, :1, :, 2] > 0) & (xy[:, 1:, :, 2] > 0)
+    assert (abs(xy[:, :1, :, :2] - xy[:, 1:, :, :2]).max(-1) * both).max() == 0  # the pose is the same in all K
+    assert {image["file_name"] for image in document["images"]} == {p.name for p in (puppet_set / "images").iterdir()}
+    # pose p, picture k depend on (seed, p, k) only: another part of the same sampled poses, other K, other chunks
+    part = ["poses=3", "first_pose=20", "pictures_per_pose=2", "height=96", "width=48", "seed=5", "parts=true"]
+    out = run(monkeypatch, [*part, f"out={tmp_path / 'part'}"])
+    for name in ("20_0.jpg", "22_1.jpg"):
+        assert (Path(out) / "images" / name).read_bytes() == (puppet_set / "images" / name).read_bytes()
+    assert np.asarray(Image.open(Path(out) / "parts/20_0.png")).max() in range(1, 7)
+
+
+def test_puppet_at_given_poses(tmp_path, monkeypatch):
+    write_poses(tmp_path)
+    words = [f"annotations={tmp_path / 'poses.json'}", "height=128", "width=64", "pictures_per_pose=2"]
+    out = run(monkeypatch, [*words, f"out={tmp_path / 'a'}"])
+    document, summary = read(out), json.loads((tmp_path / "a/summary.json").read_text())
+    assert {row["pose_id"] for row in document["annotations"]} == {1, 2, 3, 4}
+    assert summary["left_out"] == {"with too few joints to draw a body": 1}
+    row = document["annotations"][0]
+    spread = (
+        np.reshape(row["keypoints"], (17, 3))[:, :2].ptp(0)
+        if hasattr(np.ndarray, "ptp")
+        else np.ptp(np.reshape(row["keypoints"], (17, 3))[:, :2], 0)
+    )
+    assert abs(spread[0] / spread[1] - 60 / 174) < 0.03  # the given pose, its shape kept
+
+
+def test_real_poses(tmp_path, monkeypatch):
+    data = os.environ.get("GENPOCCL_DATA")
+    if not data:
+        pytest.skip("GENPOCCL_DATA is not set: no real poses")
+    for name, source in (("lsp", "lspet/val.json"), ("coco", "coco/person_keypoints.json")):
+        words = [f"annotations={data}/{source}", "poses=20", "min_joints=10", "height=128", "width=64"]
+        document = read(run(monkeypatch, [*words, "pictures_per_pose=2", f"out={tmp_path / name}"]))
+        assert len(document["annotations"]) >= 34 and document["categories"][0]["keypoints"] == JOINTS
+
+
+def test_real_coco_captions(tiny, tmp_path, monkeypatch):
+    data = os.environ.get("GENPOCCL_DATA")
+    if not data:
+        pytest.skip("GENPOCCL_DATA is not set: no COCO poses and captions")
+    coco = dict(annotations=f"{data}/coco/person_keypoints.json", captions=f"{data}/coco/captions.json")
+    document = read(
+        run(monkeypatch, arguments(tiny, out=tmp_path / "a", poses=5, min_joints=8, pictures_per_pose=2, **coco))
+    )
+    captions = {}
+    for row in json.loads(Path(coco["captions"]).read_text())["annotations"]:
+        captions.setdefault(row["image_id"], []).append(row["caption"].strip())
+    assert len(document["annotations"]) == 10
+    assert all(row["caption"] in captions[row["source_image_id"]] for row in document["annotations"])
+
+
+# -------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
+    good = json.loads((tiny / "poses.json").read_text())
+    text = tmp_path / "text.json"
+    text.write_text("no json")
+    few = tmp_path / "few.json"
+    few.write_text(json.dumps({**good, "annotations": [{**good["annotations"][0], "keypoints": [1, 2, 2]}]}))
+    orphan = tmp_path / "orphan.json"
+    orphan.write_text(json.dumps({**good, "annotations": [{**good["annotations"][0], "image_id": 77}]}))
+    twice = tmp_path / "twice.json"
+    twice.write_text(json.dumps({**good, "annotations": good["annotations"][:1] * 2}))
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "thesis.txt").write_text("mine")
+    cases = [
+        (["poses=0"], "poses="),
+        (["poses=2", "pictures_per_pose=0"], "pictures_per_pose"),
+        (["poses=2", "backend=midjourney"], "t2i_adapter"),
+        (["poses=2", "pose=3"], "nearest valid key"),
+        (["poses=2", "audit=vitpose"], "audit"),
+        ([f"annotations={tmp_path / 'none.json'}"], "none.json"),
+        ([f"annotations={text}"], "JSON"),
+        ([f"annotations={few}"], "51"),
+        ([f"annotations={orphan}"], "77"),
+        ([f"annotations={twice}"], "repeat"),
+        ([f"annotations={tiny / 'captions.json'}"], "not a COCO keypoint file"),
+        ([f"annotations={tiny / 'poses.json'}", "min_joints=17", "min_side=9999"], "no person is left"),
+        (["backend=t2i_adapter"], "annotations="),
+        (["backend=t2i_adapter", f"annotations={tiny / 'poses.json'}"], "captions="),
+        (arguments(tiny, backend="controlnet", condition="keypose"), "condition"),
+        (arguments(tiny, captions=few), "captions file"),
+        (arguments(tiny, model=tmp_path / "nowhere"), "model="),
+        (arguments(tiny, adapter=tiny / "sd"), "adapter="),
+        (arguments(tiny, audit="vitpose", audit_model=tiny / "sd"), "audit_model="),
+    ]
+    for words, told in cases:
+        with pytest.raises(UserError) as error:
+            run(monkeypatch, [*words, f"out={tmp_path / 'out'}"])
+        assert told in str(error.value) and "\n" not in str(error.value), words
+        assert not (tmp_path / "out").exists(), words
+    with pytest.raises(UserError, match="not a run of this project"):
+        run(monkeypatch, ["poses=2", f"out={plain}"])
+    assert [path.name for path in plain.iterdir()] == ["thesis.txt"]
+
+
+def test_missing_model_and_exit_code(tiny, tmp_path):
+    words = arguments(tiny, out=tmp_path / "a", adapter="someone/not-downloaded")
+    environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
+    done = subprocess.run(
+        [sys.executable, ROOT / "generate.py", *words], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: adapter=someone/not-downloaded") and done.stderr.count("\n") == 1
+    assert "hf download someone/not-downloaded" in done.stderr and not (tmp_path / "a").exists()
+
+
+def test_pickled_weights_run_no_code(tiny, tmp_path, monkeypatch):
+    """An adapter that comes as a pickle with code in it is refused, and the code does not run."""
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    folder = tmp_path / "t2i"
+    folder.mkdir()
+    shutil.copy(tiny / "t2i/config.json", folder)
+    torch.save({"conv": Bomb()}, folder / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="adapter="):
+        run(monkeypatch, arguments(tiny, out=tmp_path / "a", adapter=folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(path, data):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match="disk full"):
+        generate.put(tmp_path / "x.jpg", b"1")
+    assert not list(tmp_path.iterdir())
+
+
+def test_record_before_pictures_cannot_be(tmp_path, monkeypatch):
+    """The record is the last file of a chunk, so that a recorded chunk has all its pictures."""
+    cfg = SimpleNamespace(out=str(tmp_path), picture_format="png", quality=95)
+    order = []
+    monkeypatch.setattr(generate, "put", lambda path, data: order.append(path.name))
+    row = dict(pose_id=3, k=0)
+    assert generate.write_chunk(cfg, 0, [(Image.new("RGB", (2, 2)), row), (None, dict(pose_id=4, skipped="x"))], 0) == 1
+    assert order == ["3_0.png", "0000000.jsonl"]

@@ -1,0 +1,212 @@
+"""pretrain.py from its command line: ranks, kill and resume, bad input, settings, overfitting."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, kill_after, run_script
+from safetensors.torch import load_file
+from test_data import write_set
+
+from common import load_checkpoint
+
+SMALL = ["size=tiny", "height=64", "width=32", "patch=8", "pictures_per_pose=3", "batch=12", "warmup_epochs=0.5"]
+SMALL += ["device=cpu", "workers=0"]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """A generated set (8 poses × 3) and a real one (12 pictures without pose group)."""
+    root = tmp_path_factory.mktemp("sets")
+    return [write_set(root / "a", n_poses=8), write_set(root / "b", n_poses=12, per_pose=1, pose_ids=False, seed=1)]
+
+
+def arguments(sets, out, *more):
+    return [f"annotations={','.join(map(str, sets))}", f"out={out}", *SMALL, *more]
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def without_speed(out):
+    return [{k: v for k, v in row.items() if k != "pictures_per_s"} for row in rows(out)]
+
+
+@pytest.fixture(scope="module")
+def plain(sets, tmp_path_factory):
+    """An uninterrupted run of 9 steps in one process."""
+    out = tmp_path_factory.mktemp("plain") / "run"
+    done = run_script("pretrain.py", *arguments(sets, out, "epochs=3", "save_every=2"))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_run_folder_log_and_pictures(plain):
+    for name in ("config.yaml", "last.pt", "encoder.safetensors", "reconstructions.png", "neighbours.png"):
+        assert (plain / name).stat().st_size > 0, name
+    log = rows(plain)
+    assert [row["step"] for row in log] == list(range(1, 10))
+    first = log[0]
+    total = first["rec"] + 0.05 * first["align"] + 0.05 * first["mp"]
+    assert abs(first["loss"] - total) < 1e-4
+    assert 0 < first["lr"] < log[1]["lr"] and log[-1]["lr"] > 0  # never 0, not one step too many
+    assert sum(row["without_pose"] for row in log) == 12 * 2 * 3  # 12 real pictures, two views, three epochs
+    assert all(row["anchors_without_positive"] == 0 for row in log)
+    weights = load_file(plain / "encoder.safetensors")
+    assert {"cls_token", "pose_token", "pos_embed", "norm.weight"} <= set(weights)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_change_nothing(sets, plain, tmp_path, ranks):
+    """The logged gradient norm is compared too: AdamW itself would hide a wrong scale."""
+    done = run_script("pretrain.py", *arguments(sets, tmp_path / "run", "epochs=3", "save_every=2"), ranks=ranks)
+    assert done.returncode == 0, done.stderr
+    for one, many in zip(rows(plain), rows(tmp_path / "run"), strict=True):
+        for name in ("loss", "rec", "align", "mp", "grad_norm", "positive_cosine", "without_pose"):
+            assert many[name] == pytest.approx(one[name], rel=2e-3, abs=1e-4), (name, one["step"])
+    one, many = (load_checkpoint(out / "last.pt")["model"] for out in (plain, tmp_path / "run"))
+    assert all(torch.allclose(one[name], many[name], atol=2e-3) for name in one)
+
+
+@pytest.mark.parametrize(("lines", "workers"), [(1, 0), (3, 2), (7, 0)])
+def test_kill_and_resume_is_bitwise(sets, plain, tmp_path, lines, workers):
+    out = tmp_path / "run"
+    command = arguments(sets, out, "epochs=3", "save_every=2", f"workers={workers}")
+    assert kill_after("pretrain.py", *command, lines=lines, log=out / "log.jsonl")
+    assert not (out / "done").exists()
+    done = run_script("pretrain.py", *command)
+    assert done.returncode == 0, done.stderr
+    for name in ("last.pt", "encoder.safetensors", "reconstructions.png", "neighbours.png", "attention.png"):
+        assert (out / name).read_bytes() == (plain / name).read_bytes(), name
+    assert without_speed(out) == without_speed(plain)
+
+
+def test_finished_run_is_left_alone_and_another_config_refused(sets, plain):
+    before = (plain / "last.pt").stat().st_mtime_ns
+    done = run_script("pretrain.py", *arguments(sets, plain, "epochs=3", "save_every=2"))
+    assert done.returncode == 0 and "finished already" in done.stdout
+    other = run_script("pretrain.py", *arguments(sets, plain, "epochs=3", "save_every=2", "tau_mp=0.2"))
+    assert other.returncode == 2 and "tau_mp 0.1 -> 0.2" in other.stderr
+    assert (plain / "last.pt").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["bacth=12"], "nearest valid key: batch"),
+        (["batch=twelve"], "key batch"),
+        (["batch=13"], "multiple of 3"),
+        (["batch=1200"], "larger than"),
+        (["mask=blocks"], "one of part, random, none"),
+        (["pictures_per_pose=4", "batch=8"], "pose 0 has 3 picture"),
+        (["pictures_per_pose=1", "views_are_positives=false"], "one positive pair"),
+        (["accumulate=4"], "do not enlarge a contrastive batch"),
+        (["gamma_align=0.1", "views=1"], "two views"),
+        (["decoder=false"], "L_rec"),
+        (["patch=7"], "multiples of patch"),
+        (["init=nowhere.pt"], "no checkpoint at nowhere.pt"),
+        (["annotations=nowhere.json"], "nowhere.json"),
+        (["annotations="], "names no file"),
+        (["shares=1"], "one number"),
+        (["nonsense"], "key=value"),
+        (["--cfg=nowhere.yaml"], "cannot read config"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(sets, tmp_path, more, words):
+    done = run_script("pretrain.py", *arguments(sets, tmp_path / "run"), *more)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and words in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_real_pictures_cannot_feed_the_pose_loss(sets, tmp_path):
+    done = run_script("pretrain.py", *arguments(sets[1:], tmp_path / "run"))
+    assert done.returncode == 2 and "has a pose_id" in done.stderr
+
+
+def test_a_folder_of_the_user_is_not_touched(sets, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    done = run_script("pretrain.py", *arguments(sets, tmp_path))
+    assert done.returncode == 2 and "not a run" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_truncated_picture_is_named_before_anything_is_written(tmp_path):
+    path = write_set(tmp_path / "set")
+    whole = (tmp_path / "set/images/003.jpg").read_bytes()
+    (tmp_path / "set/images/003.jpg").write_bytes(whole[:300])
+    done = run_script("pretrain.py", *arguments([path], tmp_path / "run"))
+    assert done.returncode == 2 and "003.jpg" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_damaged_or_foreign_checkpoints(sets, plain, tmp_path):
+    import shutil
+
+    out = tmp_path / "run"
+    shutil.copytree(plain, out)
+    (out / "done").unlink()
+    (out / "config.yaml").write_text((out / "config.yaml").read_text().replace(str(plain), str(out)))
+    whole = (out / "last.pt").read_bytes()
+    (out / "last.pt").write_bytes(whole[: len(whole) // 2])
+    command = arguments(sets, out, "epochs=3", "save_every=2")
+    done = run_script("pretrain.py", *command)
+    assert done.returncode == 2 and "last.pt is cut short" in done.stderr
+    state = load_checkpoint(plain / "last.pt")
+    state["model"]["encoder.cls_token"] = torch.zeros(1, 1, 7)
+    torch.save(state, out / "last.pt")
+    done = run_script("pretrain.py", *command)
+    assert done.returncode == 2 and "encoder.cls_token has shape (1, 1, 7)" in done.stderr
+
+
+def test_a_pickle_from_a_stranger_never_runs(sets, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pth")
+    done = run_script("pretrain.py", *arguments(sets, tmp_path / "run", f"init={tmp_path / 'evil.pth'}"))
+    assert done.returncode == 2 and "evil.pth" in done.stderr
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "run").exists()
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(sets, tmp_path):
+    """A learning rate without bounds breaks the weights; the run names step, rank and pictures and stops."""
+    out = tmp_path / "run"
+    done = run_script("pretrain.py", *arguments(sets, out, "epochs=20", "blr=1e20", "save_every=1"), ranks=2)
+    assert done.returncode != 0 and "non-finite loss" in done.stderr
+    line = next(row for row in done.stderr.splitlines() if "non-finite loss" in row)
+    assert "step" in line and "rank" in line and ".jpg" in line
+    kept = load_checkpoint(out / "last.pt")
+    log = rows(out)
+    assert kept["step"] == log[-1]["step"] and all(torch.isfinite(torch.tensor(row["loss"])) for row in log)
+
+
+@pytest.mark.parametrize("name", ["mae", "hap", "stablerep"])
+def test_comparison_methods_are_settings(sets, tmp_path, name):
+    more = ["epochs=1", "warmup_epochs=0", "precision=fp32", *SMALL, f"out={tmp_path / name}"]
+    done = run_script("pretrain.py", "--cfg", ROOT / f"configs/pretrain_{name}.yaml", f"annotations={sets[0]}", *more)
+    assert done.returncode == 0, done.stderr
+    last = rows(tmp_path / name)[-1]
+    assert (last["rec"] > 0, last["align"] > 0, last["mp"] > 0) == {
+        "mae": (True, False, False),
+        "hap": (True, True, False),
+        "stablerep": (False, False, True),
+    }[name]
+
+
+def test_overfits_one_batch(tmp_path):
+    path = write_set(tmp_path / "set", n_poses=4)
+    done = run_script(
+        "pretrain.py", *arguments([path], tmp_path / "run", "epochs=100", "blr=8e-3", "seed=1", "warmup_epochs=10")
+    )
+    assert done.returncode == 0, done.stderr
+    log = rows(tmp_path / "run")
+    assert log[-1]["mp"] < log[0]["mp"] - 0.3 and log[-1]["positive_cosine"] > log[-1]["negative_cosine"] + 0.2
+
+
+def test_starts_from_its_own_encoder_and_says_which_keys(sets, plain, tmp_path):
+    done = run_script("pretrain.py", *arguments(sets, tmp_path / "run", "epochs=1", f"init={plain}/encoder.safetensors"))
+    assert done.returncode == 0, done.stderr
+    assert "keys used; not used: none; not in the file: none" in done.stdout
