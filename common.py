@@ -182,7 +182,6 @@ def start_ranks(device="auto"):
             raise UserError("device=cuda but no CUDA device is visible; use device=cpu")
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     return rank, world, torch.device(device)
@@ -317,8 +316,17 @@ def write_atomic(path, write):
 
 
 def save_checkpoint(path, **state):
-    """Tensors and plain Python values only, so that it loads with weights_only=True."""
-    write_atomic(path, lambda part: torch.save(state, part))
+    """Tensors and plain Python values only, so that it loads with weights_only=True. Equal states, equal bytes."""
+    write_atomic(path, lambda part: torch.save(canonical(state), part))
+
+
+def canonical(value):
+    """The same value in new containers with interned text: pickle writes shared objects differently from equal ones."""
+    if isinstance(value, dict):
+        return {canonical(k): canonical(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(canonical(v) for v in value)
+    return sys.intern(value) if isinstance(value, str) else value
 
 
 def load_checkpoint(path):

@@ -16,7 +16,6 @@ Legend: B pictures on this rank · A attributes · r positive ratio in training 
 import copy
 import csv
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +53,7 @@ from common import (
 from data import EpochBatches, load_picture, normalize
 from losses import gather_rows_of
 from model import SIZES, TOKENS, encoder_meta, load_encoder, token_features
+from reid import picture_names
 
 KEYS = dict(
     out=Key("runs/par", "run folder"),
@@ -98,7 +98,6 @@ KEYS = dict(
     log_every=Key(10, "steps between log lines", low=1, free=True),
 )  # fmt: skip
 THRESHOLD = 0.5  # [Rethinking_of_PAR]
-PICTURE_ENDS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
 
 def main():
@@ -276,12 +275,12 @@ def resume(cfg, run):
 
 
 def train(cfg, run, splits, first, steps_per_epoch, log, rank, world, device):
-    """The loop. A step's loss is read while the next step runs."""
+    """The loop. A step's figures are read while the next step runs."""
     dataset = AttributePictures(splits["train"], (cfg.height, cfg.width), cfg.seed, cfg.pad, augment=True)
     batches = EpochBatches(len(dataset), cfg.batch, cfg.seed, first, run.total, rank, world)
     loader = DataLoader(dataset, batch_sampler=batches, num_workers=cfg.workers, pin_memory=device.type == "cuda")
     ratio = torch.from_numpy((splits["train"].labels == 1).mean(0)).float().to(device)
-    model, runner, pending = run.model, run.model, None
+    model, runner, figures = run.model, run.model, None
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
         runner = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -299,12 +298,12 @@ def train(cfg, run, splits, first, steps_per_epoch, log, rank, world, device):
         run.optimizer.zero_grad(set_to_none=True)
         run.average(cfg, step)
 
-        settle(pending, cfg, log)  # the step before this one
-        pending = (step, lr, gather_rows_of(torch.stack([loss.detach(), norm])[None]))
+        settle(figures, dataset, cfg, log)  # the step before this one
+        figures = Figures(step, lr, (loss, norm), logits, sample["index"])
         epoch_done, last = (step + 1) % steps_per_epoch == 0, step + 1 == run.total
         if epoch_done or last or (step + 1) % cfg.save_every == 0:
-            settle(pending, cfg, log)  # never save after a non-finite loss
-            pending = None
+            settle(figures, dataset, cfg, log)  # never save after a non-finite loss
+            figures = None
             if epoch_done and len(splits["val"].files) and not cfg.trainval:
                 validate(cfg, run, splits["val"], (step + 1) // steps_per_epoch, step + 1, log, rank, world, device)
             if last or (step + 1) % cfg.save_every == 0:
@@ -312,18 +311,37 @@ def train(cfg, run, splits, first, steps_per_epoch, log, rank, world, device):
         log.advance()
 
 
-def settle(pending, cfg, log):
-    """Check and log the figures of a step. A non-finite loss stops all ranks; the last checkpoint stays."""
-    if pending is None:
+class Figures:
+    """One step's figures of all ranks, on their way to the host while the device goes on."""
+
+    def __init__(self, step, lr, values, logits, index):
+        self.step, self.lr, self.index = step, lr, index
+        own = torch.stack([value.detach().float() for value in values])
+        self.ranks = gather_rows_of(own[None]).to("cpu", non_blocking=True)
+        self.finite = logits.detach().float().sum(1).isfinite().to("cpu", non_blocking=True)
+        self.copied = torch.cuda.Event() if own.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+
+def settle(figures, dataset, cfg, log):
+    """Check and log a step's figures. A non-finite loss stops all ranks; the last checkpoint stays."""
+    if figures is None:
         return
-    step, lr, ranks = pending[0], pending[1], pending[2].cpu()
-    if not ranks.isfinite().all():
-        where = (~ranks.isfinite().all(1)).nonzero().flatten().tolist()
-        raise UserError(f"non-finite loss or gradient at step {step} on rank(s) {where}; last.pt stays; lower lr")
-    if step % cfg.log_every == 0:
-        loss, norm = ranks.mean(0).tolist()
-        rate = log.rate(step + 1, cfg.batch)
-        log.write(("loss", "pictures_per_s"), step=step + 1, lr=lr, loss=loss, grad_norm=norm, pictures_per_s=rate)
+    if figures.copied:
+        figures.copied.synchronize()
+    finite = figures.ranks.isfinite().all(1)
+    if not finite.all():
+        bad = (~figures.finite).nonzero().flatten().tolist() or range(len(figures.index))
+        names = [dataset.split.files[int(figures.index[i])] for i in bad]
+        raise UserError(
+            f"non-finite loss or gradient at step {figures.step} on rank(s) {(~finite).nonzero().flatten().tolist()}; "
+            f"this rank's pictures: {', '.join(names[:8])}; the last checkpoint stays; lower lr"
+        )
+    if figures.step % cfg.log_every == 0:
+        loss, norm = figures.ranks.mean(0).tolist()
+        row = dict(loss=loss, grad_norm=norm, pictures_per_s=log.rate(figures.step + 1, cfg.batch))
+        log.write(step=figures.step + 1, lr=figures.lr, **row, shown=("loss", "pictures_per_s"))
 
 
 def validate(cfg, run, split, epoch, step, log, rank, world, device):
@@ -455,20 +473,17 @@ def finish(cfg, model, names, splits, log, rank, world, device):
 
 def predict(cfg, rank, world, device):
     """A folder of pictures → predictions.csv (probability of each attribute) and predictions.png."""
-    folder = Path(cfg.predict)
-    files = sorted(str(f) for f in folder.rglob("*") if f.suffix.lower() in PICTURE_ENDS) if folder.is_dir() else []
-    if not files:
-        raise UserError(f"predict={folder} holds no pictures ({', '.join(PICTURE_ENDS)})")
+    found = picture_names(cfg.predict, below=True)
     model, meta, _ = build_model(cfg, None)
     if open_run(cfg, KEYS, rank) == "finished":
         print(f"{cfg.out} is finished already: see {cfg.out}/predictions.csv") if rank == 0 else None
         return
-    names = json.loads(meta["attributes"])
+    names, files = json.loads(meta["attributes"]), [str(Path(cfg.predict) / name) for name in found]
     split = Split(files, np.full((len(files), len(names)), -1, np.int8))
     p = probabilities_of(cfg, model.to(device), split, rank, world, device)
     if rank == 0:
         out = Path(cfg.out)
-        rows = [(os.path.relpath(f, folder), *(f"{v:.4f}" for v in row)) for f, row in zip(files, p)]
+        rows = [(name, *(f"{v:.4f}" for v in row)) for name, row in zip(found, p)]
         write_csv(out / "predictions.csv", ("image", *names), rows)
         shown_rows = slice(0, 12)
         images = [load_picture("", f) for f in files[shown_rows]]

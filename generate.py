@@ -186,7 +186,9 @@ def read_prompts(cfg, image_ids):
         texts = [text for _, text in sorted(captions.get(i, []))] or lines or [cfg.prompt_template]
         text = texts[rng.integers(len(texts))]
         if i not in captions:
-            text = "".join(rng.choice(part.split("|")) for part in re.split(r"[{}]", text))
+            parts = re.split(r"\{([^{}]*)\}", text)  # every second part stood in braces
+            parts[1::2] = [str(rng.choice(part.split("|"))) for part in parts[1::2]]
+            text = "".join(parts)
         prompts[i] = text
     return prompts
 

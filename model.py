@@ -575,10 +575,8 @@ def load_encoder(
     from torch's global generator. Positions are resized bicubically. Raises UserError for a file that does not fit.
     """
     meta = encoder_meta(path)
-    grid = None
     if meta:
         size, patch_size, pose_token = meta["size"], int(meta["patch_size"]), meta["pose_token"] == "True"
-        grid = (int(meta["height"]) // patch_size, int(meta["width_px"]) // patch_size)
     s = SIZES[size]
     vit = ViT(
         s["width"], s["depth"], s["heads"], image_size, patch_size, pose_token, drop_path, trainable_positions,
@@ -587,11 +585,15 @@ def load_encoder(
     shape = f"{size}, {patch_size} px patches, [CLS]{' and [POSE]' if pose_token else ''}"
     if path is None:
         return vit, size, f"encoder from scratch ({shape})"
+    return vit, size, f"encoder {path} ({shape}): {load_file_into(vit, path)}"
+
+
+def load_file_into(vit, path):
+    """load_pretrained from a file. → a clause that says which weights were used, which not, which were missing."""
+    meta = encoder_meta(path)
+    grid = (int(meta["height"]) // vit.patch_size, int(meta["width_px"]) // vit.patch_size) if meta else None
     used, unused, missing = load_pretrained(vit, load_checkpoint(path), path, grid)
-    return vit, size, (
-        f"encoder {path} ({shape}): {len(used)} weights used; not used: {short_list(unused)}; "
-        f"not in the file: {short_list(missing)}"
-    )  # fmt: skip
+    return f"{len(used)} weights used; not used: {short_list(unused)}; not in the file: {short_list(missing)}"
 
 
 def encoder_meta(path):

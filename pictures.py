@@ -455,9 +455,9 @@ def ranked_lists(rows, path, row_labels=None, title=None, cell=(64, 128)):
     drawn = []
     for query, answers in rows:
         fitted = [(as_picture(image).resize(cell, Image.Resampling.BICUBIC), right) for image, right in answers]
-        drawn.append([as_picture(query).resize(cell, Image.Resampling.BICUBIC), None, *(judged(*a) for a in fitted)])
+        drawn.append([as_picture(query).resize(cell, Image.Resampling.BICUBIC), *(judged(*a) for a in fitted)])
     columns = max((len(answers) for _, answers in rows), default=0)
-    heads = ["query", ""] + [str(i + 1) for i in range(columns)]
+    heads = ["query"] + [str(i + 1) for i in range(columns)]
     sheet(drawn, path, row_labels, heads, title, cell)
 
 
@@ -472,3 +472,17 @@ def judged(image, right):
         draw.line([(x + 2, y + 2), (x + 7, y + 7)], (255, 255, 255), 2)
         draw.line([(x + 7, y + 2), (x + 2, y + 7)], (255, 255, 255), 2)
     return image
+
+
+def caption_sheet(rows, captions, path, title=None, cell=(64, 128)):
+    """Sentences and the pictures found for each, best first.
+
+    rows: list of (the sentence's own picture or None, [(picture, right)]); right as for ranked_lists. captions: texts.
+    """
+    drawn = []
+    for own, answers in rows:
+        found = [judged(as_picture(p).resize(cell, Image.Resampling.BICUBIC), right) for p, right in answers]
+        drawn.append(([] if own is None else [as_picture(own).resize(cell, Image.Resampling.BICUBIC), None]) + found)
+    columns = max((len(answers) for _, answers in rows), default=0)
+    heads = ([] if all(own is None for own, _ in rows) else ["its picture", ""]) + [str(i + 1) for i in range(columns)]
+    sheet(drawn, path, captions, heads, title, cell, label_width=260)

@@ -42,7 +42,7 @@ from common import (
 )
 from data import PoseBatches, PretrainPictures, noise_size, normalize, part_guided_mask, random_mask, read_people
 from losses import contrastive_health, gather_rows_of
-from model import SIZES, Decoder, GenPoCCL, Projector, ViT, load_pretrained
+from model import SIZES, Decoder, GenPoCCL, Projector, ViT, load_file_into
 
 KEYS = dict(
     out=Key("runs/pretrain", "run folder"),
@@ -183,8 +183,7 @@ def build_model(cfg):
         checkpoint_activations=cfg.checkpoint_activations,
     )  # fmt: skip
     if cfg.init:
-        used, unused, missing = load_pretrained(encoder, load_checkpoint(cfg.init), cfg.init)
-        print(f"{cfg.init}: {len(used)} keys used; not used: {unused or 'none'}; not in the file: {missing or 'none'}")
+        print(f"start from {cfg.init}: {load_file_into(encoder, cfg.init)}")
     decoder = Decoder(
         encoder, s["decoder_width"], s["decoder_depth"], s["decoder_heads"], cfg.pose_in_decoder
     ) if cfg.decoder else None  # fmt: skip

@@ -296,20 +296,20 @@ def as_array(values):
 
 def rank_chunks(chunks, query_ids, query_cams, gallery_ids, gallery_cams):
     """ranking_metrics from an iterable of (first row, distance rows): only one chunk need exist at a time."""
+    Q, G = len(query_ids), len(gallery_ids)
     kept = np.flatnonzero(gallery_ids != -1)
-    order = kept[np.argsort(gallery_ids[kept], kind="stable")]  # pictures of one person together, in gallery order
+    gallery_ids, gallery_cams = gallery_ids[kept], gallery_cams[kept]
+    order = np.argsort(gallery_ids, kind="stable")  # pictures of one person together, in gallery order
     people, starts = np.unique(gallery_ids[order], return_index=True)
-    members = dict(zip(people.tolist(), np.split(order, starts[1:])))
-    nobody, Q, G = order[:0], len(query_ids), len(gallery_ids)
+    members, nobody = dict(zip(people.tolist(), np.split(order, starts[1:]))), order[:0]
     ap, first_hits = np.full(Q, np.nan), []
     for first, distance in chunks:
         if distance.ndim != 2 or distance.shape[1] != G or first + len(distance) > Q:
             raise UserError(f"distances of shape {distance.shape} do not fit {Q} queries and {G} gallery pictures")
         for q, row in enumerate(distance, first):
             if np.isnan(row.sum()):
-                raise UserError(f"the distances of query {q} are not finite")
-            if len(kept) < G:  # junk is infinitely far: it never stands before a match
-                row = np.where(gallery_ids == -1, np.inf, row)
+                raise UserError(f"distances of query {q} are not numbers")
+            row = row[kept] if len(kept) < G else row
             same = members.get(int(query_ids[q]), nobody)
             own_camera = gallery_cams[same] == query_cams[q]
             if own_camera.all():  # also where there is no picture at all
@@ -384,7 +384,7 @@ def reranked_chunks(query, gallery, k1=20, k2=6, weight=0.3):
     near, farthest = np.empty((N, k1 + 1), np.int64), np.empty(N, np.float32)
     for first, d in distance_chunks(z, z):
         near[first : first + len(d)] = torch.from_numpy(d).topk(k1 + 1, dim=1, largest=False).indices.numpy()
-        farthest[first : first + len(d)] = d.max(1)
+        farthest[first : first + len(d)] = d.max(1).clip(1e-12)  # all pictures the same: no division by 0
     half = round(k1 / 2) + 1
     # R(i, k): the k nearest of i that have i among their own k nearest
     wide, narrow = ([row[m] for row, m in zip(near, reciprocal(near, k))] for k in (k1 + 1, half))

@@ -317,7 +317,7 @@ def test_settings_that_do_not_fit_are_refused(people, tmp_path, monkeypatch):
         (["weights=x.safetensors"], "encoder="),
         (["eval_only=true", f"weights={people['train']}"], "no model.safetensors"),
         (["dataset=peta"], "needs annotation="),
-        ([f"predict={tmp_path}", "weights=x"], "holds no pictures"),
+        ([f"predict={tmp_path}", "weights=x"], "no folder|holds no pictures"),
     ):
         with pytest.raises(UserError, match=message):
             run(monkeypatch, args(people, tmp_path / "x", *more))

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ import finetune_pose
 import model
 import pose
 import pose_data
-from common import UserError, parameter_groups
+from common import UserError, parameter_groups, read_config
 from data import COCO_JOINTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -499,23 +500,26 @@ def test_overfits_one_batch_then_evaluates_and_predicts(dots, tmp_path):
     assert np.isclose(found["score"], 0.5 * wanted["score"])
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [3])  # 12 people to train on, 7 to evaluate: 3, 2, 2
 def test_ranks_equal_one_process_and_see_each_person_once(dots, tmp_path, world, monkeypatch):
-    """Seven people to evaluate on 2 and 3 ranks; SGD, because Adam would hide gradients of a wrong scale."""
+    """The same steps, and each person evaluated once. SGD, because Adam would hide gradients of a wrong scale."""
     monkeypatch.setattr(finetune_pose, "build_optimizer", lambda cfg, net: torch.optim.SGD(net.parameters(), lr=0.0))
     keys = [f"train_annotations={dots[0]}", f"val_annotations={dots[1]}", *QUICK, "head=classic", "epochs=2", "lr=1"]
     run(*keys, f"out={tmp_path}/one")
     run(*keys, "lr=0", f"out={tmp_path}/start")
     start = load_file(tmp_path / "start/model.safetensors")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-    done = subprocess.run(
-        [*command, script(tmp_path), "sgd", *keys, f"out={tmp_path}/ranks"],
-        env=ENV,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, script(tmp_path), "sgd", *keys, f"out={tmp_path}/ranks"]
+    group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # as torchrun sets them
+    processes = [
+        subprocess.Popen(command, env=ENV | group | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True)
+        for r in range(world)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
     one, ranks = (
         [json.loads(line) for line in (tmp_path / run_ / "log.jsonl").read_text().splitlines()]
         for run_ in ("one", "ranks")
@@ -525,8 +529,10 @@ def test_ranks_equal_one_process_and_see_each_person_once(dots, tmp_path, world,
         assert math.isclose(a["loss"], b["loss"], rel_tol=1e-4)
         assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-3)
     a, b = (load_file(tmp_path / run_ / "model.safetensors") for run_ in ("one", "ranks"))
-    assert max((a[k] - start[k]).abs().max() for k in a) > 1e-3  # it did train
-    assert max((a[k] - b[k]).abs().max() for k in a) < 2e-5
+    moved = {name: (a[name] - start[name]).abs().max() for name in a}
+    assert moved["encoder.blocks.0.attn.qkv.weight"] > 1e-4
+    for name in a:  # batch norm over weights of N(0, .001) enlarges float32's rounding to about 0.6 % of an update
+        assert (a[name] - b[name]).abs().max() <= 0.02 * moved[name] + 1e-6, name
     one, ranks = (json.loads((tmp_path / run_ / "results.json").read_text()) for run_ in ("one", "ranks"))
     assert [r["image_id"] for r in ranks] == [r["image_id"] for r in one] == [1, 2, 3, 4, 5, 6, 7]
     assert np.allclose([r["score"] for r in one], [r["score"] for r in ranks], atol=1e-3)
@@ -737,3 +743,9 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "epochs" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("finetune_pose_*.yaml")), ids=lambda path: path.stem)
+def test_configs_are_read(path):
+    cfg = read_config(finetune_pose.KEYS, "", ["--cfg", str(path)])
+    assert cfg.height / cfg.width == 4 / 3 and cfg.tokens == "drop"

@@ -209,4 +209,4 @@ def test_overfits_one_batch(tmp_path):
 def test_starts_from_its_own_encoder_and_says_which_keys(sets, plain, tmp_path):
     done = run_script("pretrain.py", *arguments(sets, tmp_path / "run", "epochs=1", f"init={plain}/encoder.safetensors"))
     assert done.returncode == 0, done.stderr
-    assert "keys used; not used: none; not in the file: none" in done.stdout
+    assert "weights used; not used: none; not in the file: none" in done.stdout
