@@ -43,6 +43,8 @@ def read_attributes(cfg):
     if cfg.trainval:
         files, labels = zip(splits["train"], splits["val"])
         splits["train"] = Split(files[0] + files[1], np.concatenate(labels))
+    unknown = sum(int(((s.labels != 0) & (s.labels != 1)).sum()) for s in splits.values())
+    report += f"; {unknown} labels neither 0 nor 1 are not trained" if unknown else ""
     for kind in ("train", "test"):
         for value, word in ((1, "positive"), (0, "negative")):
             never = [n for n, any_ in zip(names, (splits[kind].labels == value).any(0)) if not any_]

@@ -356,9 +356,13 @@ def load_weights(module, state, path):
 
 
 def save_encoder(path, module, **meta):
-    """Weights only, plain names; `meta` (str values) tells a fork the size and input of the encoder."""
+    """Weights only, plain names; `meta` tells a fork the size and input of the encoder.
+
+    The metadata is one JSON text: safetensors writes several entries in an order of its own, never the same bytes.
+    """
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    write_atomic(path, lambda part: save_file(tensors, part, metadata={k: str(v) for k, v in meta.items()}))
+    text = json.dumps({name: str(value) for name, value in meta.items()})
+    write_atomic(path, lambda part: save_file(tensors, part, metadata={"encoder": text}))
 
 
 # --------------------------------------------------------------------------------------------------------------- log

@@ -6,7 +6,7 @@ Outputs  in `out`: metrics.json (mA, accuracy, precision, recall, F1), attribute
 
   python finetune_par.py --cfg configs/finetune_par_demo.yaml
   torchrun --nproc_per_node=2 finetune_par.py --cfg configs/finetune_par_pa100k.yaml encoder=runs/pretrain/encoder.safetensors
-  python finetune_par.py --cfg configs/finetune_par_demo.yaml weights=runs/demo/par/model.safetensors predict=FOLDER out=OUT
+  python finetune_par.py --cfg configs/finetune_par_demo.yaml weights=runs/demo/par_run/model.safetensors predict=FOLDER out=OUT
 
 Recipe: mean of the patch tokens → linear; weighted BCE; AdamW; EMA. The test set is looked at once, at the end: the
 last epoch is reported, or the best one on validation (select=val). The reference code reports its best test epoch.
@@ -139,10 +139,13 @@ def check(cfg, world):
     """Settings that are valid one by one but not together."""
     if cfg.batch % world:
         raise UserError(f"batch={cfg.batch} does not split over {world} ranks; make it a multiple of {world}")
-    if (cfg.eval_only or cfg.predict) and not cfg.weights:
-        raise UserError("eval_only and predict need weights=, the model.safetensors of a finished run")
-    if cfg.weights and not (cfg.eval_only or cfg.predict):
-        raise UserError("weights= is for eval_only and predict; to start training from an encoder use encoder=")
+    if cfg.eval_only and cfg.predict:
+        raise UserError("eval_only and predict are two jobs; give one")
+    if bool(cfg.eval_only or cfg.predict) != bool(cfg.weights):
+        raise UserError(
+            "weights= (a finished run's model.safetensors) and eval_only=true or predict=FOLDER need each other; "
+            "to start a fine-tuning from an encoder use encoder="
+        )
     if cfg.predict:
         return
     if cfg.dataset == "csv" and not (cfg.train and cfg.test):
@@ -283,7 +286,7 @@ def train(cfg, run, splits, first, steps_per_epoch, log, rank, world, device):
     model, runner, figures = run.model, run.model, None
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
-        runner = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+        runner = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
     for step, sample in enumerate(loader, first):
         lr = learning_rate(step, run.total, round(cfg.warmup * run.total), cfg.lr, cfg.min_lr)
         set_learning_rate(run.optimizer, lr)
@@ -454,10 +457,11 @@ def finish(cfg, model, names, splits, log, rank, world, device):
         (n, float(ratio[a]), float(scores["positive_ratio"][a]), *(float(scores[c][a]) for c in columns))
         for a, n in enumerate(names)
     ]
-    log.say(f"{'attribute':24}  train +%  test +%      mA     TPR     TNR   (%)")
+    lines = [f"{'attribute':24}  train +%  test +%      mA     TPR     TNR   (%)"]
     for name, *values in table:
-        log.say(f"{name[:24]:24}" + "".join(f"{100 * v:{w}.2f}" for v, w in zip(values, (10, 9, 8, 8, 8))))
-    log.say(f"test: {shown(scores)}{note}")
+        lines.append(f"{name[:24]:24}" + "".join(f"{100 * v:{w}.2f}" for v, w in zip(values, (10, 9, 8, 8, 8))))
+    log.say("\n".join(lines))
+    print(f"{cfg.out}: " + "  ".join(f"{name} {scores[name]:.4f}" for name in HEADLINE) + note)
     write_csv(out / "attributes.csv", ("attribute", "train_positive", "test_positive", "mA", "tpr", "tnr"), table)
     summary = {name: scores[name] for name in (*HEADLINE, "mA_both")} | {"pictures": len(p), "one_class_only": lonely}
     write_atomic(out / "metrics.json", lambda part: part.write_text(json.dumps(summary, indent=1)))

@@ -15,13 +15,12 @@ Legend: B people on this rank · M all ranks · K joints · N patches · D width
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
-from safetensors import safe_open
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -52,7 +51,8 @@ from common import (
     write_atomic,
 )
 from data import PoseBatches, load_picture, normalize
-from model import SIZES, ClassicHead, SimpleHead, ViT, load_pretrained
+from losses import gather_rows_of
+from model import SIZES, ClassicHead, SimpleHead, encoder_meta, layer_of, load_encoder
 
 KEYS = dict(
     out=Key("runs/pose", "run folder"),
@@ -79,9 +79,9 @@ KEYS = dict(
     batch=Key(512, "people in a global batch", "[ViTPose]", low=1),
     # model
     encoder=Key(None, "encoder weights to start from; none = from scratch"),
-    size=Key("auto", "encoder size; auto = as the encoder file says, else base", "[HAP]", ("auto", *SIZES)),
-    patch=Key(0, "patch side in pixels; 0 = as the encoder file says, else 16", "[MAE]", low=0),
-    pose_token=Key(True, "[POSE] in an encoder whose file does not say", "[paper]"),
+    size=Key("base", "encoder size, where encoder= does not know it itself", "[HAP]", tuple(SIZES)),
+    patch=Key(16, "patch side in pixels, where encoder= does not know it itself", "[MAE]", low=1),
+    pose_token=Key(True, "[POSE], where encoder= does not know it itself", "[paper]"),
     tokens=Key("drop", "special tokens after the encoder: drop them, add [POSE] to every patch, add_cls_pose: both",
                "[silent]", ("drop", "add", "add_cls_pose")),
     head=Key("classic", "classic: two deconvolutions; simple: bilinear × 4", "[ViTPose]", ("classic", "simple")),
@@ -116,11 +116,10 @@ def main():
     cfg = read_config(KEYS, __doc__)
     rank, world, device = start_ranks(cfg.device)
     check(cfg)
-    meta = read_meta(cfg.weights or cfg.encoder)
+    meta = encoder_meta(cfg.weights)
     if cfg.weights:
         use_meta(cfg, meta)
-
-    val, train_people = None, None
+    train_people = None
     if cfg.train_annotations and not cfg.eval_only and not cfg.predict:
         train_people, _, _ = pose_data.read_pose_file(cfg.train_annotations, cfg.train_images, cfg.max_bad)
         train_people = train_people.take(np.arange(len(train_people.files))[: cfg.limit or None])
@@ -132,7 +131,7 @@ def main():
             f"{cfg.val_annotations} {len(val.people.joints)} ({', '.join(val.people.joints[:3])} …)"
         )
     seed_all(cfg.seed)  # initial weights
-    model, report = build_model(cfg, meta, len(joints))
+    model, meta, report = build_model(cfg, len(joints))
     model.to(device)
     if cfg.compile:
         model.encoder.compile()
@@ -150,10 +149,10 @@ def main():
         step = resume(cfg, model, optimizer) if state == "resume" else 0
         log = Log(cfg.out, total, step, rank, "pose")
         log.say(f"{report}; {len(train_people.files)} people, {len(joints)} joints, {total} steps of {cfg.batch}")
-        train(cfg, model, optimizer, dataset, batches, val, step, total, log, rank, world, device)
+        train(cfg, model, meta, optimizer, dataset, batches, val, step, total, log, rank, world, device)
         log.close()
         if rank == 0:
-            save_model(cfg, model, train_people)
+            save_model(cfg, model, meta, train_people)
 
     found = predict(cfg, model, val, rank, world, device)
     if rank == 0:
@@ -204,72 +203,41 @@ class PoseModel(nn.Module):
         return self.head(patches, self.encoder.grid)
 
 
-def read_meta(path):
-    """What our own safetensors files say about themselves; {} for others."""
-    if not path or Path(path).suffix != ".safetensors":
-        return {}
-    load_checkpoint(path)  # its errors name the file
-    with safe_open(path, "pt") as file:
-        return file.metadata() or {}
-
-
 def use_meta(cfg, meta):
     """A fine-tuned model's file decides everything about the model."""
     if "joints" not in meta:
         raise UserError(f"{cfg.weights} is not a model.safetensors of finetune_pose.py (it names no joints)")
-    cfg.height, cfg.width = int(meta["height"]), int(meta["width_px"])
-    cfg.tokens, cfg.head, cfg.padding = meta["tokens"], meta["head"], float(meta["padding"])
+    cfg.height, cfg.width, cfg.patch = (int(meta[name]) for name in ("height", "width_px", "patch_size"))
+    cfg.size, cfg.tokens, cfg.head = (meta[name] for name in ("size", "tokens", "head"))
+    cfg.pose_token, cfg.padding = meta["pose_token"] == "True", float(meta["padding"])
 
 
-def build_model(cfg, meta, n_joints):
-    """→ (PoseModel with the encoder's or the fine-tuned weights, a sentence about what was used)."""
-    size = meta.get("size", "base") if cfg.size == "auto" else cfg.size
-    patch = cfg.patch or int(meta.get("patch_size", 16))
-    if size not in SIZES:
-        raise UserError(f"{cfg.weights or cfg.encoder} says its size is {size}; known sizes: {', '.join(SIZES)}")
-    if cfg.height % patch or cfg.width % patch:
-        raise UserError(f"height={cfg.height} and width={cfg.width} must be multiples of patch={patch}")
-    pose_token = meta["pose_token"] == "True" if "pose_token" in meta else cfg.pose_token
-    s = SIZES[size]
-    encoder = ViT(
-        s["width"], s["depth"], s["heads"], (cfg.height, cfg.width), patch, pose_token=pose_token,
-        drop_path=cfg.drop_path, trainable_positions=True, checkpoint_activations=cfg.checkpoint_activations,
+def build_model(cfg, n_joints):
+    """→ (PoseModel with the encoder's or the fine-tuned weights, what to write beside them, one sentence about it)."""
+    encoder, size, sentence = load_encoder(
+        cfg.encoder, (cfg.height, cfg.width), cfg.size, cfg.patch, cfg.pose_token, cfg.drop_path,
+        checkpoint_activations=cfg.checkpoint_activations,
     )  # fmt: skip
-    model = PoseModel(
-        encoder, {"classic": ClassicHead, "simple": SimpleHead}[cfg.head](s["width"], n_joints), cfg.tokens
-    )
-    model.meta = {
-        "size": size, "width": s["width"], "depth": s["depth"], "heads": s["heads"], "height": cfg.height,
-        "width_px": cfg.width, "patch_size": patch, "pose_token": pose_token,
-    }  # fmt: skip
+    head = {"classic": ClassicHead, "simple": SimpleHead}[cfg.head](encoder.width, n_joints)
+    model = PoseModel(encoder, head, cfg.tokens)
     if cfg.weights:
         load_weights(model, load_checkpoint(cfg.weights), cfg.weights)
-        return model, f"{cfg.weights} loaded"
-    if not cfg.encoder:
-        return model, "encoder from scratch"
-    grid = (int(meta["height"]) // patch, int(meta["width_px"]) // patch) if "height" in meta else None
-    used, unused, missing = load_pretrained(encoder, load_checkpoint(cfg.encoder), cfg.encoder, grid)
-    return model, f"{cfg.encoder}: {len(used)} keys used; unused: {unused or 'none'}; missing: {missing or 'none'}"
-
-
-def layer_of(name, depth):
-    """Layer ids for layer decay [ViTPose]: embeddings 0, block i → i + 1, the rest (last norm, head) depth + 1."""
-    if name.startswith("encoder.blocks."):
-        return int(name.split(".")[2]) + 1
-    embeddings = ("encoder.patch_embed", "encoder.cls_token", "encoder.pose_token", "encoder.pos_embed")
-    return 0 if name.startswith(embeddings) else depth + 1
+    meta = {k: SIZES[size][k] for k in ("width", "depth", "heads")} | {"size": size, "patch_size": encoder.patch_size}
+    meta |= {"height": cfg.height, "width_px": cfg.width, "pose_token": encoder.n_special == 2}
+    return model, meta, sentence
 
 
 def build_optimizer(cfg, model):
     depth = model.encoder.depth
-    groups = parameter_groups(model, cfg.weight_decay, cfg.layer_decay, lambda name: layer_of(name, depth), depth + 1)
+    layers = partial(layer_of, depth=depth)
+    groups = parameter_groups(model, cfg.weight_decay, cfg.layer_decay, layers, depth + 1)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)  # β [ViTPose]
 
 
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def train(cfg, model, optimizer, dataset, batches, val, first, total, log, rank, world, device):
+def train(cfg, model, meta, optimizer, dataset, batches, val, first, total, log, rank, world, device):
     """The loop. Nothing in a step waits for the device: its figures are read while the next step runs."""
     loader = DataLoader(
         dataset, batch_sampler=batches.run(first, total), num_workers=cfg.workers, pin_memory=device.type == "cuda"
@@ -301,11 +269,11 @@ def train(cfg, model, optimizer, dataset, batches, val, first, total, log, rank,
         settle(figures, dataset, cfg, log)  # the step before this one
         finite = heat.detach().float().sum((1, 2, 3)).isfinite()
         rate = log.rate(step + 1, cfg.batch) if step % cfg.log_every == 0 else 0.0
-        figures = Figures(step, lr, rate, loss, norm, finite, sample["index"], world)
+        figures = Figures(step, lr, rate, loss, norm, finite, sample["index"])
         if step + 1 == total or (step + 1) % cfg.save_every == 0:
             settle(figures, dataset, cfg, log)  # never save after a non-finite loss
             figures = None
-            save(cfg, model, optimizer, step + 1, rank)
+            save(cfg, model, meta, optimizer, step + 1, rank)
         log.advance()
         epoch, rest = divmod(step + 1, batches.steps_per_epoch)
         if cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and step + 1 < total:
@@ -319,16 +287,11 @@ def train(cfg, model, optimizer, dataset, batches, val, first, total, log, rank,
 class Figures:
     """One step's figures of all ranks, on their way to the host while the device goes on."""
 
-    def __init__(self, step, lr, rate, loss, norm, finite, index, world):
+    def __init__(self, step, lr, rate, loss, norm, finite, index):
         self.step, self.lr, self.rate, self.index = step, lr, rate, index
-        own = torch.stack([loss.detach(), norm.detach()])
-        ranks = own
-        if world > 1:
-            ranks = own.new_empty(world * 2)
-            dist.all_gather_into_tensor(ranks, own)
-        ranks = ranks.view(world, 2)
+        ranks = gather_rows_of(torch.stack([loss.detach(), norm.detach()])[None])  # (ranks, 2)
         self.ranks, self.finite = ranks.to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
-        self.copied = torch.cuda.Event() if own.is_cuda else None
+        self.copied = torch.cuda.Event() if ranks.is_cuda else None
         if self.copied:
             self.copied.record()
 
@@ -355,18 +318,18 @@ def settle(figures, dataset, cfg, log):
         log.write(**row, pictures_per_s=figures.rate, shown=("loss", "lr", "pictures_per_s"))
 
 
-def save(cfg, model, optimizer, step, rank):
+def save(cfg, model, meta, optimizer, step, rank):
     if rank == 0:
         out = Path(cfg.out)
         save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
-        save_encoder(out / "encoder.safetensors", model.encoder, **model.meta)
+        save_encoder(out / "encoder.safetensors", model.encoder, **meta)
 
 
-def save_model(cfg, model, people):
+def save_model(cfg, model, meta, people):
     """Encoder and head in one file that eval_only and predict can use without any config."""
     more = {"joints": json.dumps(people.joints), "skeleton": json.dumps(people.skeleton)}
     more |= {"tokens": cfg.tokens, "head": cfg.head, "padding": cfg.padding}
-    save_encoder(Path(cfg.out) / "model.safetensors", model, **model.meta, **more)
+    save_encoder(Path(cfg.out) / "model.safetensors", model, **meta, **more)
 
 
 def resume(cfg, model, optimizer):

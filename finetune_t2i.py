@@ -6,7 +6,7 @@ Outputs  in `out`: metrics.json (R@1, R@5, R@10, mAP, text → image and image �
 
   python finetune_t2i.py --cfg configs/finetune_t2i_demo.yaml
   torchrun --nproc_per_node=2 finetune_t2i.py --cfg configs/finetune_t2i_cuhk.yaml encoder=ENCODER
-  python finetune_t2i.py --cfg configs/finetune_t2i_demo.yaml weights=runs/demo/t2i/model.safetensors \\
+  python finetune_t2i.py --cfg configs/finetune_t2i_demo.yaml weights=runs/demo/t2i_run/model.safetensors \\
          predict=FOLDER sentence="a woman in a red coat" out=OUT
 
 Picture: ViT patch tokens, max over patches. Text: frozen BERT (or learned word vectors, nothing to download) → BiLSTM,
@@ -143,6 +143,8 @@ def check(cfg, world):
     """Settings that are valid one by one but not together."""
     if cfg.batch % world:
         raise UserError(f"batch={cfg.batch} does not split over {world} ranks; make it a multiple of {world}")
+    if cfg.eval_only and cfg.predict:
+        raise UserError("eval_only and predict are two jobs; give one")
     if bool(cfg.eval_only or cfg.predict) != bool(cfg.weights):
         raise UserError(
             "weights= (a finished run's model.safetensors) and eval_only=true or predict=FOLDER need each other; "

@@ -7,6 +7,7 @@ S special tokens ([CLS], [POSE]) · T = S + V tokens · D width · K joints · H
 Parameter names follow MAE and timm, so their checkpoints load without a table; torchvision's needs the short one below.
 """
 
+import json
 import re
 
 import torch
@@ -597,16 +598,14 @@ def load_file_into(vit, path):
 
 
 def encoder_meta(path):
-    """What our encoder.safetensors says of itself (dict of text), or {} for other files."""
+    """What our encoder.safetensors says of itself, as text: size, height, width_px, patch_size, …; else {}."""
     if path is None or not str(path).endswith(".safetensors"):
         return {}
     try:
         with safe_open(path, "pt") as file:
-            meta = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+            return json.loads((file.metadata() or {}).get("encoder", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    needed = {"size", "patch_size", "pose_token", "height", "width_px"}
-    return meta if needed <= set(meta) and meta["size"] in SIZES else {}
 
 
 def short_list(names):

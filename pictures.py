@@ -326,9 +326,10 @@ def pose_sheet(images, boxes, truth, found, labels, skeleton, names, path, title
         for pose, floor in zip(poses, [SCORE_FLOOR, -math.inf][-len(poses) :]):
             moved = np.concatenate([pose[:, :2] - low, pose[:, 2:]], 1)
             panels.append(overlay(crop, moved, skeleton, names, scale, floor=floor))
-        cell = Image.new("RGB", (len(panels) * (panels[0].width + 4) - 4, height + 20), PAPER)
+        inner = len(panels) * (panels[0].width + 4) - 4
+        cell = Image.new("RGB", (max(inner, 200), height + 20), PAPER)  # 200: room for the label
         for i, panel in enumerate(panels):
-            cell.paste(panel, (i * (panel.width + 4), 0))
+            cell.paste(panel, ((cell.width - inner) // 2 + i * (panel.width + 4), 0))
         line = _wrapped(labels[n], font(12), cell.width, 1)
         ImageDraw.Draw(cell).text((cell.width / 2, height + 18), line[0] if line else "", INK, font(12), anchor="md")
         cells.append(cell)
@@ -401,7 +402,8 @@ def attribute_sheet(images, names, probabilities, labels, path, per_list=5):
     """Cards: a picture with its most confident right and wrong attributes; without labels its surest and doubtful ones.
 
     images: P pictures; probabilities (P, A); labels (P, A) 0/1 or None. The percentage is the confidence in what is
-    said, not in the attribute: "no hat 98 %".
+    said, not in the attribute: "no hat 98 %". Of the right ones those said to be there come first: a list of rare
+    things that are rightly missing would say little.
     """
     cards = []
     for i, image in enumerate(images):
@@ -411,7 +413,7 @@ def attribute_sheet(images, names, probabilities, labels, path, per_list=5):
             yes = [a for a in sure if p[a] > 0.5]
             parts = [("true", yes[:per_list], (20, 90, 190)), ("least sure", sure[::-1][:per_list], (200, 90, 0))]
         else:
-            right = [a for a in sure if (p[a] > 0.5) == (labels[i][a] == 1)]
+            right = sorted((a for a in sure if (p[a] > 0.5) == (labels[i][a] == 1)), key=lambda a: p[a] <= 0.5)
             wrong = [a for a in sure if a not in set(right)]
             parts = [
                 (f"right ({len(right)})", right[:per_list], (20, 90, 190)),

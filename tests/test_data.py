@@ -22,7 +22,10 @@ def write_set(folder, n_poses=4, per_pose=3, size=(32, 64), pose_ids=True, seed=
     images, annotations = [], []
     for i in range(n_poses * per_pose):
         name, (w, h) = f"{i:03d}.jpg", size
-        Image.fromarray(rng.integers(0, 255, (h, w, 3), dtype=np.uint8)).save(folder / "images" / name)
+        coarse = np.random.default_rng([seed, i // per_pose]).integers(0, 255, (4, 2, 3))  # one look per pose
+        noise = rng.integers(-40, 40, (h, w, 3))
+        look = np.kron(coarse, np.ones((h // 4, w // 2, 1))) + noise
+        Image.fromarray(look.clip(0, 255).astype(np.uint8)).save(folder / "images" / name)
         points = np.concatenate([rng.random((17, 2)) * size, np.full((17, 1), 2)], 1)
         images.append({"id": i, "file_name": name, "width": w, "height": h})
         annotations.append(

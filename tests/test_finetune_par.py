@@ -276,7 +276,8 @@ def test_one_batch_is_overfitted():
 def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, monkeypatch, capfd):
     more = ("select=val", "epochs=6", "batch=8", "lr=1.0e-3", "ema=0.5")
     run(monkeypatch, args(people, tmp_path / "a", *more, kinds=("train", "val", "test")))
-    said = capfd.readouterr().err
+    printed = capfd.readouterr()
+    said = printed.err + printed.out
     assert "never positive in train: never" in said and "never negative in test: always" in said
     assert "one class only in test" in said and "reported epoch" in said
     got = json.loads((tmp_path / "a" / "metrics.json").read_text())
@@ -313,7 +314,7 @@ def test_settings_that_do_not_fit_are_refused(people, tmp_path, monkeypatch):
     for more, message in (
         (["batch=99"], "larger than the 24 pictures"),
         (["trainval=true", "select=val"], "not trained on"),
-        (["eval_only=true"], "need weights="),
+        (["eval_only=true"], "need each other"),
         (["weights=x.safetensors"], "encoder="),
         (["eval_only=true", f"weights={people['train']}"], "no model.safetensors"),
         (["dataset=peta"], "needs annotation="),

@@ -473,11 +473,11 @@ def test_finished_runs_are_left_alone(plain, data, capsys):
         stage(f"data={data}", f"out={plain}", *SMALL, "epochs=4", "save_every=2", "eval_every=2")
 
 
-@pytest.mark.parametrize(("token", "bnneck"), [("pose", "true"), ("both", "false"), ("patch_mean", "true")])
+@pytest.mark.parametrize(("token", "bnneck"), [("pose", "true"), ("both", "false")])
 def test_overfits_and_finds_everybody(data, tmp_path, token, bnneck):
     """Queries and gallery are the training pictures: every person must be found again."""
     folders = ["query=bounding_box_train", "gallery=bounding_box_train", "erase=0", "drop_path=0", "lr=2e-3"]
-    stage(f"data={data}", f"out={tmp_path}/run", *SMALL, *folders, "epochs=25", f"token={token}", f"bnneck={bnneck}")
+    stage(f"data={data}", f"out={tmp_path}/run", *SMALL, *folders, "epochs=20", f"token={token}", f"bnneck={bnneck}")
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["mAP"] > 0.97
     assert metrics["queries_without_match"] == 1  # the person with one picture

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import puppet as pp
+import puppet_body as body
 
 SIZE = (128, 64)
 DATA = os.environ.get("GENPOCCL_DATA")
@@ -91,29 +92,29 @@ def test_a_camera_keeps_its_background():
 
 def test_bones_keep_their_length():
     points = pp.sample_poses(0, range(300)).points
-    for a, b, metres in pp.BONES:
+    for a, b, metres in body.BONES:
         length = np.linalg.norm(points[:, a] - points[:, b], axis=1)
         stature = length / metres
         assert (stature > 0.89).all() and (stature < 1.09).all()
         # All bones of one person grow together.
-        first = np.linalg.norm(points[:, pp.BONES[0][0]] - points[:, pp.BONES[0][1]], axis=1) / pp.BONES[0][2]
+        first = np.linalg.norm(points[:, body.BONES[0][0]] - points[:, body.BONES[0][1]], axis=1) / body.BONES[0][2]
         np.testing.assert_allclose(stature, first, rtol=1e-6)
 
 
 def test_joint_limits_and_hinges():
     poses = pp.sample_poses(0, range(500))
-    low, high = np.array(list(pp.LIMITS.values())).T
+    low, high = np.array(list(body.LIMITS.values())).T
     assert (poses.angles >= low).all() and (poses.angles <= high).all()
     at = lambda j: poses.points[:, j]  # noqa: E731
     for o in (0, 1):
-        thigh, shank = at(pp.L_KNE + o) - at(pp.L_HIP + o), at(pp.L_ANK + o) - at(pp.L_KNE + o)
+        thigh, shank = at(body.L_KNE + o) - at(body.L_HIP + o), at(body.L_ANK + o) - at(body.L_KNE + o)
         # The shin bends towards the heel, never towards the toe.
-        toe = at(pp.L_TOE + o) - at(pp.L_HEEL + o)
+        toe = at(body.L_TOE + o) - at(body.L_HEEL + o)
         front = toe - shank * (toe * shank).sum(1, keepdims=True) / (shank**2).sum(1, keepdims=True)
         bend = (thigh * front).sum(1) / np.linalg.norm(thigh, axis=1) / np.linalg.norm(front, axis=1)
         assert (bend > -0.06).all()  # the foot's own small turn is in `front`
         assert (bend > 0.5).mean() > 0.15  # and knees do bend
-        upper, fore = at(pp.L_ELB + o) - at(pp.L_SHO + o), at(pp.L_WRI + o) - at(pp.L_ELB + o)
+        upper, fore = at(body.L_ELB + o) - at(body.L_SHO + o), at(body.L_WRI + o) - at(body.L_ELB + o)
         cos = (upper * fore).sum(1) / np.linalg.norm(upper, axis=1) / np.linalg.norm(fore, axis=1)
         assert (np.degrees(np.arccos(np.clip(cos, -1, 1))) <= 145.01).all()
 
@@ -121,14 +122,14 @@ def test_joint_limits_and_hinges():
 def test_left_is_left():
     """Whoever shows us the chest has the left shoulder, hip, ear at the picture's right; from behind at the left."""
     poses = pp.sample_poses(0, range(400))
-    upright = np.array(poses.points[:, pp.NECK, 1] < poses.points[:, pp.L_HIP, 1] - 0.3)
+    upright = np.array(poses.points[:, body.NECK, 1] < poses.points[:, body.L_HIP, 1] - 0.3)
     xy = pp.project(poses, SIZE)[0]
     for rows, sign in ((poses.chest[:, 2, 2] > 0.5, 1), (poses.chest[:, 2, 2] < -0.5, -1)):
         rows = rows & upright
         assert rows.sum() > 60
-        assert (sign * (xy[rows, pp.L_SHO, 0] - xy[rows, pp.R_SHO, 0]) > 0).all()
+        assert (sign * (xy[rows, body.L_SHO, 0] - xy[rows, body.R_SHO, 0]) > 0).all()
     # The nose is in front of the ears, along the way the head looks.
-    look = poses.points[:, pp.NOSE] - poses.points[:, pp.HEAD]
+    look = poses.points[:, body.NOSE] - poses.points[:, body.HEAD]
     assert ((look * -poses.head[:, 2]).sum(1) > 0.08).all()
 
 
@@ -284,6 +285,25 @@ def test_attributes_show_in_the_picture():
         assert np.array_equal(other["keypoints"][..., :2], base["keypoints"][..., :2])
 
 
+def test_a_logo_shows_in_its_colour_from_the_front_only():
+    sampled = pp.sample_poses(0, range(200))
+    person, scene = pp.sample_identities(0, [(0,)]).people[0], pp.sample_scenes(0, [(0,)])
+    scene.scenes[0].update(cast=np.ones(3, np.float32), noise=0.0, blur=0.0, occluder=None)
+    person |= dict(backpack=False, bag="none", hair="short", upper="sweater", sleeves="long")
+    person |= dict(upper_pattern="plain", upper_colour="black", upper_rgb=np.array(pp.COLOURS["black"], np.float32))
+    for front in (True, False):
+        poses = pp.take(sampled, np.flatnonzero((1 if front else -1) * sampled.chest[:, 2, 2] > 0.8)[:10])
+        for name in ("red", "blue"):
+            logo = person | dict(upper_pattern="logo", upper_second_rgb=np.array(pp.COLOURS[name], np.float32))
+            shows = 0
+            for i in range(10):
+                plain, out = (pp.render(pp.take(poses, [i]), pp.Identities([p]), scene, SIZE) for p in (person, logo))
+                changed = np.abs(out["image"].astype(int) - plain["image"]).max(-1) > 25
+                assert (out["parts"][changed] == 2).sum() >= 0.8 * changed.sum()  # the trunk, but for soft borders
+                shows += changed.sum() > 8 and dominant_colour(out["image"][changed] / 255) == name
+            assert shows >= 8 if front else shows == 0, (front, name, shows)  # an arm may be in front of it
+
+
 # --------------------------------------------------------------------------------------------------- real 2-D poses
 
 
@@ -368,7 +388,7 @@ def test_completed_joints_are_where_they_belong():
         k[:, joint] = 0
         xy = pp.project(pp.poses_from_keypoints(k, boxes, SIZE), SIZE)[0]
         wrong = np.linalg.norm(xy[:, joint] - xy[:, twin] - (truth[:, joint, :2] - truth[:, twin, :2]) * zoom, axis=1)
-        torso = np.linalg.norm(xy[:, pp.NECK] - (xy[:, 11] + xy[:, 12]) / 2, axis=1)
+        torso = np.linalg.norm(xy[:, body.NECK] - (xy[:, 11] + xy[:, 12]) / 2, axis=1)
         assert np.median(wrong / torso) < limit, (joint, np.median(wrong / torso))
     k = truth.astype(float)
     k[:, :5] = 0  # without a face the head looks where the chest does
