@@ -188,7 +188,13 @@ def start_ranks(device="auto"):
 
 
 def autocast(device, precision):
-    """float32 → no-op; bf16 → autocast without a scaler (fp16 is not offered: MAE's and BEiT's users met NaN)."""
+    """fp32, bf16, or auto: bf16 where the device multiplies bfloat16 in hardware. No fp16: MAE's and BEiT's users met NaN.
+
+    bf16 is autocast without a scaler: weights, losses and optimiser stay float32.
+    """
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported
+        precision = "bf16" if native() else "fp32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 

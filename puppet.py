@@ -7,13 +7,13 @@ It stands where a pose-conditioned diffusion model stands (Stage 1): one pose, m
     scenes = sample_scenes(seed, keys, camera=None)
     out = render(poses, people, scenes, (H, W))     image, keypoints, parts, joints3d, boxes
 
-Read in this order; no file needs a later one, except that `render` is here:
-    puppet.py         who is drawn (identity, attributes, sentence) and `render`, the whole way of one picture
+Files in reading order:
+    puppet.py         who is drawn (identity, attributes, sentence) and `render`: the way of one picture, step by step
     puppet_body.py    body tree, joint limits, sampled poses, camera
     puppet_lift.py    real 2-D poses made drawable
     puppet_draw.py    canvas, cloth, shapes
-    puppet_person.py  head, trunk, limbs, bags at the joints; which joints are visible
-    puppet_scene.py   background, ground, occluder, blur and noise
+    puppet_person.py  head, trunk, limbs, bags drawn at the joints; which joints are visible
+    puppet_scene.py   the scenes; background, ground, occluder, blur and noise
 
 Legend: B pictures · J = 26 body points (17 COCO joints first) · H, W picture. Frame: puppet_body.py.
 Every picture is a function of its own pose, identity and scene only: pictures are drawn one by one (a 128 × 64 canvas

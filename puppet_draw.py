@@ -36,11 +36,9 @@ class Canvas:
         self.light, self.ambient = scene["light"], scene["ambient"]
 
     def window(self, low, high):
-        """Bounding box in px → (rows, columns, x (1, w), y (h, 1)) or None when outside."""
+        """Bounding box in px → rows, columns, x (1, w), y (h, 1) of it in the picture; w or h is 0 when outside."""
         x0, y0 = max(0, int(low[0] - 1.5)), max(0, int(low[1] - 1.5))
-        x1, y1 = min(self.W, int(high[0] + 2.5)), min(self.H, int(high[1] + 2.5))
-        if x0 >= x1 or y0 >= y1:
-            return None
+        x1, y1 = max(x0, min(self.W, int(high[0] + 2.5))), max(y0, min(self.H, int(high[1] + 2.5)))
         x, y = np.arange(x0, x1, dtype=np.float32)[None], np.arange(y0, y1, dtype=np.float32)[:, None]
         return slice(y0, y1), slice(x0, x1), x, y
 
@@ -116,10 +114,7 @@ def limb(c, a, b, ra, rb, colour, part, s, bump=0.0, end=1.0, along0=0.0):
     if end < 1:
         b, rb = a + (b - a) * end, ra + (rb - ra) * end
     r = max(ra, rb) + bump
-    box = c.window(np.minimum(a, b) - r, np.maximum(a, b) + r)
-    if box is None:
-        return
-    rows, columns, x, y = box
+    rows, columns, x, y = c.window(np.minimum(a, b) - r, np.maximum(a, b) + r)
     d, u, qx, qy, r = segment(x, y, a, b, ra, rb, bump)
     bx, by = b - a
     length = max(np.hypot(bx, by), 1e-3)
@@ -137,13 +132,10 @@ def limb(c, a, b, ra, rb, colour, part, s, bump=0.0, end=1.0, along0=0.0):
 
 
 def body_shape(c, segments, per_metre, blend=0.012):
-    """Smooth union of capsules (a, b px; ra, rb, bump m) → rows, columns, x, y, distance, shade; None if outside."""
+    """Smooth union of capsules (a, b px; ra, rb, bump m) → rows, columns, x, y, distance, shade."""
     points = np.array([p for s in segments for p in s[:2]])
     r = max(max(s[2], s[3]) for s in segments) * per_metre + 1
-    box = c.window(points.min(0) - r, points.max(0) + r)
-    if box is None:
-        return None
-    rows, columns, x, y = box
+    rows, columns, x, y = c.window(points.min(0) - r, points.max(0) + r)
     k = np.float32(blend * per_metre)
     total = 0.0
     for a, b, ra, rb, bump in segments:
@@ -157,13 +149,12 @@ def body_shape(c, segments, per_metre, blend=0.012):
 
 
 def ellipsoid(c, centre, frame, semi, per_metre):
-    """Ellipsoid with half-axes `semi` (m) along frame's rows (left, down, back) → box, distance, point on the unit
-    sphere (left, up, front; each (h, w)), shade; None if outside. The same face is seen from any side this way."""
+    """Ellipsoid with half-axes `semi` (m) along frame's rows (left, down, back): a face that is seen from any side.
+
+    → rows, columns, distance, point on the unit sphere (left, up, front; each (h, w)), shade.
+    """
     r = max(semi) * per_metre
-    box = c.window(centre - r, centre + r)
-    if box is None:
-        return None
-    rows, columns, x, y = box
+    rows, columns, x, y = c.window(centre - r, centre + r)
     qx, qy = (x - np.float32(centre[0])) / np.float32(per_metre), (y - np.float32(centre[1])) / np.float32(per_metre)
     m = (frame / np.array(semi)[:, None]).astype(np.float32)
     q = [m[i, 0] * qx + m[i, 1] * qy for i in range(3)]

@@ -6,6 +6,7 @@ In one pose p (J, 2) px and given (J,) bool are filled in place, joint by joint.
 
 import numpy as np
 
+# Names a few to a line; isort would give each its own.
 # isort: off
 from puppet_body import BONES, FACE, J, LIMITS, Poses, chain, rotation, sample_poses
 from puppet_body import CHEST, FOREARM, HAND, HEEL, HIP_HALF, SHANK, SHOULDER_HALF, SKULL, THIGH, TOE, UPPER_ARM, WAIST

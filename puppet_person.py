@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+# Names a few to a line; isort would give each its own.
 # isort: off
 from puppet_body import CHEST, HIP_HALF, SHOULDER_HALF, THIGH, UPPER_ARM, WAIST
 from puppet_body import HEAD, L_EAR, L_ELB, L_EYE, L_HAND, L_SHO, L_WRI, NECK, NOSE, R_EAR, R_ELB, R_EYE, R_SHO, R_WRI
@@ -44,10 +45,9 @@ def draw_head(c, body):
     xy, s, frame, p = body.xy, body.ppm[HEAD], body.head, body.p
     at = lambda up, front: xy[HEAD] - (up * frame[1, :2] + front * frame[2, :2]) * s  # noqa: E731
     wide = 0.073 if p["female"] else 0.077
-    skull = ellipsoid(c, at(0.012, 0.008), frame, (wide, 0.122, 0.097), s)
-    if skull is None:
+    rows, columns, d, left, up, front, light = ellipsoid(c, at(0.012, 0.008), frame, (wide, 0.122, 0.097), s)
+    if not d.size:  # the skull is outside, and all the rest with it
         return
-    rows, columns, d, left, up, front, light = skull
     px = np.float32(0.09 * s)  # px per unit of the sphere, for soft edges
     face = mixed(p["skin"], p["skin"] * np.float32(0.8), np.clip(-0.9 * up, 0, 1))  # darker under the chin
     if p["beard"]:
@@ -63,23 +63,20 @@ def draw_head(c, body):
             limb(c, xy[ear] - drop, xy[ear] + drop, 0.018, 0.014, p["skin"] * np.float32(0.93), 1, s)
         if 0.95 * frame[2, 2] - side * 0.3 * frame[0, 2] > 0.12:  # this eye looks at us
             draw_eye(c, xy[eye], frame[0, :2] * s, -frame[1, :2] * s, side, p, s)
-    hair = p["hair"] != "bald" and ellipsoid(c, at(0.02, 0), frame, (wide + 0.012, 0.13, 0.108), s)
-    if hair:
-        rows, columns, d, left, up, front, light = hair
+    if p["hair"] != "bald":
+        rows, columns, d, left, up, front, light = ellipsoid(c, at(0.02, 0), frame, (wide + 0.012, 0.13, 0.108), s)
         nape = 1.2 * np.maximum(0, -0.15 - up)
         back = 0.28 - front if p["hair"] == "long" else -0.02 - nape - front
         hairy = np.maximum(up - 0.55 + 0.12 * np.abs(left), back)
         c.paint(rows, columns, np.maximum(d, -hairy * px), p["hair_rgb"][:, None, None] * light, 1)
-    hat = p["hat"] != "none" and ellipsoid(c, at(0.025, 0), frame, (wide + 0.02, 0.135, 0.115), s)
-    if hat:
-        rows, columns, d, left, up, front, light = hat
+    if p["hat"] != "none":
+        rows, columns, d, _, up, _, light = ellipsoid(c, at(0.025, 0), frame, (wide + 0.02, 0.135, 0.115), s)
         band = 1 - 0.2 * np.clip((0.42 - up) * 9, 0, 1)
         c.paint(rows, columns, np.maximum(d, (0.3 - up) * px), p["hat_rgb"][:, None, None] * (light * band), 1)
-        brims = {"cap": (0.125, (0.07, 0.012, 0.085)), "sun hat": (0, (0.19, 0.016, 0.19))}
-        reach, semi = brims.get(p["hat"], (0, None))
-        brim = semi and ellipsoid(c, at(0.062, reach), frame, semi, s)
-        if brim:
-            c.paint(*brim[:3], p["hat_rgb"][:, None, None] * (brim[-1] * 0.85), 1)
+    if p["hat"] in ("cap", "sun hat"):  # brim
+        reach, semi = (0.125, (0.07, 0.012, 0.085)) if p["hat"] == "cap" else (0, (0.19, 0.016, 0.19))
+        rows, columns, d, *_, light = ellipsoid(c, at(0.062, reach), frame, semi, s)
+        c.paint(rows, columns, d, p["hat_rgb"][:, None, None] * (light * 0.85), 1)
 
 
 def draw_eye(c, at, left, up, side, p, s):
@@ -120,10 +117,7 @@ def draw_torso(c, body):
     """Trunk in its clothes: coloured along (neck to hips) and across, in metres on the body."""
     p, neck, facing = body.p, body.xy[NECK], body.chest[2, 2]
     s = (body.ppm[NECK] + body.ppm[L_HIP]) / 2
-    found = body_shape(c, torso_shapes(body, s), s)
-    if found is None:
-        return
-    rows, columns, x, y, d, light = found
+    rows, columns, x, y, d, light = body_shape(c, torso_shapes(body, s), s)
     axis = body.hip - neck
     length = max(np.hypot(*axis), 0.12 * s)
     ax, ay = axis / max(np.hypot(*axis), 1e-3)
@@ -164,10 +158,7 @@ def draw_skirt(c, body, garment, reach):
     left, right, middle = shapes[0][1], shapes[2][1], (ends[0] + ends[1]) / 2
     shapes += [(hip, middle, 0.095, 0.1, 0), (*ends, 0.09, 0.09, 0)]  # no gap between the legs
     shapes += [(left, right, 0.1, 0.1, 0), ((left + hip) / 2, (right + hip) / 2, 0.1, 0.1, 0)]
-    found = body_shape(c, shapes, s)
-    if found is None:
-        return
-    rows, columns, x, y, d, light = found
+    rows, columns, x, y, d, light = body_shape(c, shapes, s)
     axis, px = middle - hip, np.float32(s)
     length = max(np.hypot(*axis), 1e-3)
     ax, ay = np.float32(axis / length)

@@ -61,15 +61,10 @@ def sample_scene(rng, fixed):
     return s
 
 
-def draw_background(scene, H, W):
-    """The place without people → (3, H, W) float32. Lengths are fractions of H, so any size shows the same place."""
-    fractal, fine, _ = texture_bank()
-    zoom, (sy, sx, *_), (my, mx) = 256 / H, scene["shift"], scene["move"]
-    y = (np.arange(H, dtype=np.float32)[:, None] + 0.5) / H + np.float32(my)
-    x = (np.arange(W, dtype=np.float32)[None] + 0.5) / H + np.float32(mx)
-    family, horizon, grain = scene["family"], np.float32(scene["horizon"]), np.float32(scene["grain"])
-    wall, ground, far = (scene[name][:, None, None] for name in ("wall", "ground", "far"))
-    soft, hard = patch(fractal, sy, sx, H, W, zoom), patch(fine, sx, sy, H, W, zoom)
+def backdrop(scene, x, y, soft, hard):
+    """What stands above the horizon: a wall, a house front or the sky, and things before it → (3, H, W)."""
+    (H, W), (my, mx), family, horizon = soft.shape, scene["move"], scene["family"], np.float32(scene["horizon"])
+    wall, far, grain = scene["wall"][:, None, None], scene["far"][:, None, None], np.float32(scene["grain"])
     upper = wall * (1.1 - 0.25 * y + 0.12 * grain * soft + 0.06 * grain * hard)
     if family == "wall":  # bricks or tiles
         rows = y * np.float32(20 * scene["panes"][0])
@@ -92,6 +87,18 @@ def draw_background(scene, H, W):
             if bright > 0.5:  # a pane inside
                 a, b = (r1 - r0) // 6, (c1 - c0) // 6
                 upper[:, r0 + a : r1 - a, c0 + b : c1 - b] = tint * 0.55 + 0.35 * (1 - y[r0 + a : r1 - a])
+    return upper
+
+
+def draw_background(scene, H, W):
+    """The place without people → (3, H, W) float32."""
+    fractal, fine, _ = texture_bank()
+    zoom, (sy, sx, *_), (my, mx) = 256 / H, scene["shift"], scene["move"]
+    y = (np.arange(H, dtype=np.float32)[:, None] + 0.5) / H + np.float32(my)
+    x = (np.arange(W, dtype=np.float32)[None] + 0.5) / H + np.float32(mx)
+    family, horizon, grain = scene["family"], np.float32(scene["horizon"]), np.float32(scene["grain"])
+    soft, hard = patch(fractal, sy, sx, H, W, zoom), patch(fine, sx, sy, H, W, zoom)
+    ground, upper = scene["ground"][:, None, None], backdrop(scene, x, y, soft, hard)
     lower = ground * (1.05 - 0.3 * (1 - y) + (0.02 + 0.12 * grain) * hard + 0.03 * soft)
     if family == "grass":
         green = np.array([0.26, 0.38, 0.14], np.float32)[:, None, None]
@@ -141,12 +148,11 @@ def draw_ground(c, scene, xy, ppm, seat):
     floor, s = xy[:, 1].max() + 0.02 * ppm[L_ANK], ppm[L_ANK]
     if seat:
         hip = (xy[L_HIP] + xy[R_HIP]) / 2
-        box = c.window((hip[0] - 0.26 * s, hip[1] + 0.05 * s), (hip[0] + 0.26 * s, floor - 0.02 * s))
-        if box:
-            rows, columns, bx, by = box
-            tint = scene["wall"][::-1].astype(np.float32)[:, None, None] * np.float32(0.62)
-            side = 1 - 0.35 * np.abs(bx - hip[0]) / np.float32(0.26 * s) - 0.25 * (by > hip[1] + 0.12 * s)
-            c.paint(rows, columns, np.float32(-1), tint * side, None)
+        low, high = (hip[0] - 0.26 * s, hip[1] + 0.05 * s), (hip[0] + 0.26 * s, floor - 0.02 * s)
+        rows, columns, bx, by = c.window(low, high)
+        tint = scene["wall"][::-1, None, None] * np.float32(0.62)
+        side = 1 - 0.35 * np.abs(bx - hip[0]) / np.float32(0.26 * s) - 0.25 * (by > hip[1] + 0.12 * s)
+        c.paint(rows, columns, np.float32(-1), tint * side, None)
     if floor > c.H * 1.2:
         return
     for toe, heel in ((L_TOE, L_HEEL), (R_TOE, R_HEEL)):
