@@ -188,7 +188,7 @@ def start_ranks(device="auto"):
 
 
 def autocast(device, precision):
-    """fp32, bf16, or auto: bf16 where the device multiplies bfloat16 in hardware. No fp16: MAE's and BEiT's users met NaN.
+    """fp32, bf16, or auto: bf16 where the device multiplies it in hardware. No fp16: MAE's and BEiT's users met NaN.
 
     bf16 is autocast without a scaler: weights, losses and optimiser stay float32.
     """
@@ -350,6 +350,18 @@ def load_checkpoint(path):
         raise UserError(f"{path} is cut short, damaged or holds more than tensors: {reason}") from None
 
 
+def resume(path, model, optimizer):
+    """Load last.pt into model and optimiser. → what else it holds, or None if the run was killed before its first."""
+    if not Path(path).exists():
+        return None
+    state = load_checkpoint(path)
+    if not {"model", "optimizer", "step"} <= set(state):
+        raise UserError(f"{path} is not a checkpoint of this stage; delete it to start the run anew")
+    load_weights(model, state.pop("model"), path)
+    optimizer.load_state_dict(state.pop("optimizer"))
+    return state
+
+
 def load_weights(module, state, path):
     """Strict load_state_dict with one clear line instead of torch's page."""
     own = module.state_dict()
@@ -420,3 +432,49 @@ class Log:
         if self.file is not None:
             self.file.close()
             self.bar.close()
+
+
+class Figures:
+    """One step's figures of all ranks, on their way to the host while the device goes on with the next step.
+
+    values: name → 0-d tensor on the device. index: sample ids of this rank. bad (B,) bool tensor: samples whose output
+    is not finite. Made right after the step; `settle` reads it one step later, so that no step waits for the device.
+    """
+
+    def __init__(self, step, lr, values, index, bad):
+        self.step, self.lr, self.names, self.index = step, lr, list(values), index
+        own = torch.stack([value.detach().float() for value in values.values()])[None]
+        ranks = own
+        if dist.is_initialized():
+            ranks = own.new_empty(dist.get_world_size(), own.shape[1])
+            dist.all_gather_into_tensor(ranks, own)
+        self.ranks, self.bad = ranks.to("cpu", non_blocking=True), bad.to("cpu", non_blocking=True)
+        self.copied = torch.cuda.Event() if own.is_cuda else None
+        if self.copied:
+            self.copied.record()
+
+
+def settle(figures, log, name_of, batch, every, shown):
+    """Check and log the figures of an earlier step (None: nothing to do).
+
+    A non-finite figure stops all ranks, with step, ranks and this rank's pictures; the last checkpoint stays.
+    name_of(index) names a sample; batch: global batch, for the speed; every: steps between log lines.
+    """
+    if figures is None:
+        return
+    if figures.copied:
+        figures.copied.synchronize()
+    finite = figures.ranks.isfinite().all(1)
+    if not finite.all():
+        ranks = (~finite).nonzero().flatten().tolist()
+        bad = figures.bad.nonzero().flatten().tolist() or range(len(figures.index))
+        names = [name_of(int(figures.index[i])) for i in bad]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        raise UserError(
+            f"non-finite loss or gradient at step {figures.step} on rank(s) {ranks}; this rank's pictures: "
+            f"{', '.join(names[:8])}{more}; the last checkpoint stays; lower the learning rate or look at them"
+        )
+    if figures.step % every == 0:
+        row = dict(zip(figures.names, figures.ranks.mean(0).tolist()))
+        row["pictures_per_s"] = log.rate(figures.step + 1, batch)
+        log.write(step=figures.step + 1, lr=figures.lr, **row, shown=(*shown, "pictures_per_s"))

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 import pictures
 from common import (
+    Figures,
     Key,
     Log,
     UserError,
@@ -27,21 +28,21 @@ from common import (
     barrier,
     generator_of,
     learning_rate,
-    load_checkpoint,
-    load_weights,
     open_run,
     parameter_groups,
     rank_rows,
     read_config,
+    resume,
     run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
     set_learning_rate,
+    settle,
     start_ranks,
 )
 from data import PoseBatches, PretrainPictures, noise_size, normalize, part_guided_mask, random_mask, read_people
-from losses import contrastive_health, gather_rows_of
+from losses import contrastive_health
 from model import SIZES, Decoder, GenPoCCL, Projector, ViT, load_file_into
 
 KEYS = dict(
@@ -97,6 +98,7 @@ KEYS = dict(
     log_every=Key(1, "steps between log lines", low=1, free=True),
     picture_every=Key(0, "steps between pictures; 0 = only at the end", low=0, free=True),
 )  # fmt: skip
+SHOWN = ("loss", "rec", "align", "mp")  # beside the progress bar
 
 
 def main():
@@ -114,7 +116,8 @@ def main():
         return
     model.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=0.0, betas=(0.9, cfg.beta2), fused=True)
-    step = resume(cfg, model, optimizer) if state == "resume" else 0
+    saved = resume(Path(cfg.out) / "last.pt", model, optimizer) if state == "resume" else None
+    step = saved["step"] if saved else 0
     log = Log(cfg.out, total, step, rank, "pretrain")
     log.say(report + f", {total} steps of {cfg.batch}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
@@ -143,6 +146,8 @@ def check(cfg):
         )
     if cfg.decoder == (cfg.mask == "none"):
         raise UserError(f"decoder={cfg.decoder} with mask={cfg.mask}: L_rec needs masked patches")
+    if cfg.mask == "none" and cfg.views > 1:
+        raise UserError("mask=none with views=2: two unmasked views are the same; set views=1")
     if cfg.gamma_align and cfg.views < 2:
         raise UserError("gamma_align > 0 needs views=2: L_align compares two views of a picture")
     if cfg.mp_token == "pose" and not cfg.pose_token and cfg.gamma_mp:
@@ -240,57 +245,19 @@ def train(cfg, model, optimizer, dataset, batches, first, total, log, rank, worl
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        settle(figures, dataset, cfg, log, rank)  # the step before this one
-        figures = Figures(step, lr, result, norm, sample["index"])
+        settle(figures, log, dataset.name, cfg.batch, cfg.log_every, SHOWN)  # the step before this one
+        values = {"loss": result["total"], **{k: result[k] for k in ("rec", "align", "mp")}, "grad_norm": norm}
+        if result["z"] is not None:  # health of L_mp; also counts anchors without positives and pictures without pose
+            values |= contrastive_health(result["z"], result["z_pose_id"])
+        figures = Figures(step, lr, values, sample["index"], result["bad"])
         last = step + 1 == total
         if last or (step + 1) % cfg.save_every == 0:
-            settle(figures, dataset, cfg, log, rank)  # never save after a non-finite loss
+            settle(figures, log, dataset.name, cfg.batch, cfg.log_every, SHOWN)  # never save a broken model
             figures = None
             save(cfg, model, optimizer, step + 1, rank)
         if cfg.picture_every and (step + 1) % cfg.picture_every == 0 and not last:
             draw(cfg, model, dataset, device, rank)
         log.advance()
-
-
-class Figures:
-    """One step's figures of all ranks, on their way to the host while the device goes on."""
-
-    NAMES = ["loss", "rec", "align", "mp", "grad_norm"]
-    NAMES += ["positive_cosine", "negative_cosine", "anchors_without_positive", "without_pose"]  # with L_mp only
-
-    def __init__(self, step, lr, result, norm, index):
-        self.step, self.lr, self.index = step, lr, index
-        own = [result["total"], result["rec"], result["align"], result["mp"], norm]
-        if result["z"] is not None:
-            own += contrastive_health(result["z"], result["z_pose_id"]).values()
-        own = torch.stack([value.detach().float() for value in own])
-        self.ranks = gather_rows_of(own[None]).to("cpu", non_blocking=True)  # (ranks, figures)
-        self.bad = result["bad"].to("cpu", non_blocking=True)
-        self.copied = torch.cuda.Event() if own.is_cuda else None
-        if self.copied:
-            self.copied.record()
-
-
-def settle(figures, dataset, cfg, log, rank):
-    """Check a step's figures and log them. A non-finite loss stops all ranks; the last checkpoint stays."""
-    if figures is None:
-        return
-    if figures.copied:
-        figures.copied.synchronize()
-    finite = figures.ranks.isfinite().all(1)
-    if not finite.all():
-        ranks = (~finite).nonzero().flatten().tolist()
-        bad = figures.bad.nonzero().flatten().tolist() or range(len(figures.index))
-        names = [dataset.name(int(figures.index[i])) for i in bad]
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        raise UserError(
-            f"non-finite loss or gradient at step {figures.step} on rank(s) {ranks}; this rank's pictures: "
-            f"{', '.join(names[:8])}{more}; the last checkpoint stays; lower blr or look at these pictures"
-        )
-    if figures.step % cfg.log_every == 0:
-        row = dict(zip(Figures.NAMES, figures.ranks.mean(0).tolist()))
-        row["pictures_per_s"] = log.rate(figures.step + 1, cfg.batch)
-        log.write(step=figures.step + 1, lr=figures.lr, **row, shown=("loss", "rec", "align", "mp", "pictures_per_s"))
 
 
 def save(cfg, model, optimizer, step, rank):
@@ -301,19 +268,6 @@ def save(cfg, model, optimizer, step, rank):
             out / "encoder.safetensors", e, size=cfg.size, width=e.width, depth=e.depth, heads=SIZES[cfg.size]["heads"],
             height=cfg.height, width_px=cfg.width, patch_size=cfg.patch, pose_token=cfg.pose_token,
         )  # fmt: skip
-
-
-def resume(cfg, model, optimizer):
-    """Load last.pt into model and optimiser. → steps done (0 if the run was killed before its first checkpoint)."""
-    path = Path(cfg.out) / "last.pt"
-    if not path.exists():
-        return 0
-    state = load_checkpoint(path)
-    if not {"model", "optimizer", "step"} <= set(state):
-        raise UserError(f"{path} is not a checkpoint of pretrain.py; delete it to start this run anew")
-    load_weights(model, state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
 
 
 @torch.no_grad()
