@@ -1,8 +1,9 @@
-"""Readers of pedestrian attribute files: PA-100K, PETA, RAP v1 and v2 as downloaded (.mat), and CSV.
+"""Pedestrian attributes, the numbers: readers, input pictures, the weighted loss, the five figures [Rethinking_of_PAR].
 
-Legend: N pictures of a split · A attributes. Each reader takes the config of finetune_par.py (annotation, images,
-split, train, val, test) and returns the A names and {"train", "val", "test"} → Split. The structures are described
-below as scipy reads them; where fields go by place, their names differ between copies of the file.
+Files: PA-100K, PETA, RAP v1 and v2 as downloaded (.mat), and CSV. Each reader takes the config of finetune_par.py
+(annotation, images, split, train, val, test) and returns the A names and {"train", "val", "test"} → Split. The
+structures are described below as scipy reads them; where fields go by place, their names differ between copies.
+Legend: B pictures on this rank · N pictures of a split · A attributes · H, W input picture.
 """
 
 import csv
@@ -11,9 +12,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
 from scipy.io import loadmat
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
-from common import UserError
+from common import UserError, seed_all
+from data import load_picture
+
+THRESHOLD = 0.5  # [Rethinking_of_PAR]
+
+# ---------------------------------------------------------------------------------------------------------- readers
 
 
 class Split(NamedTuple):
@@ -168,3 +179,90 @@ def read_csvs(cfg):
         labels = np.array([line[1:] for line in lines], np.int8).reshape(len(lines), len(names))
         splits[kind] = Split([str(folder / line[0]) for line in lines], labels)
     return names, splits
+
+
+# ------------------------------------------------------------------------------------------- input pictures and loss
+
+
+class AttributePictures(Dataset):
+    """Training item (epoch, index) → picture uint8 (3, H, W), label (A,) int8, index: f(seed, epoch, index).
+
+    Training pictures are resized, padded, cropped and flipped; evaluation items (augment=False) are an index, resized.
+    """
+
+    def __init__(self, split, size, seed=0, pad=10, augment=False):
+        self.split, self.size, self.seed = split, size, seed
+        self.augment = v2.Compose([v2.RandomCrop(size, pad), v2.RandomHorizontalFlip()]) if augment else None
+
+    def __len__(self):
+        return len(self.split.files)
+
+    def name(self, index):
+        return self.split.files[index]
+
+    def __getitem__(self, item):
+        index = item[1] if self.augment else item
+        picture = load_picture("", self.split.files[index]).resize(self.size[::-1], Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        if self.augment:
+            seed_all(self.seed, *item)
+            pixels = self.augment(pixels)
+        return {"image": pixels.contiguous(), "label": torch.from_numpy(self.split.labels[index]), "index": index}
+
+
+def weighted_bce(logits, labels, ratio):
+    """Weighted binary cross-entropy [Rethinking_of_PAR], float32: summed over attributes, mean over this rank's B.
+
+    logits (B, A), labels (B, A) of 0 and 1 (others count nothing), ratio (A,) r in [0, 1]. → scalar. All ranks have the
+    same B, so the mean over ranks is the loss of the global batch. r = 0 or 1 (a class never seen) is no special case.
+    """
+    y = (labels == 1).float()
+    # w = exp(y(1 − r) + (1 − y)r): the rarer class weighs up to e times more
+    weight = torch.exp(y * (1 - ratio) + (1 - y) * ratio) * ((labels == 0) | (labels == 1))
+    # L = 1/B Σ_b Σ_a w_ba BCE(σ(logit_ba), y_ba)
+    return F.binary_cross_entropy_with_logits(logits.float(), y, weight, reduction="none").sum(1).mean()
+
+
+# ---------------------------------------------------------------------------------------------------------- metrics
+
+
+def attribute_metrics(probabilities, labels):
+    """The five figures of pedestrian attribute recognition [Rethinking_of_PAR], at threshold 0.5, as fractions.
+
+    probabilities (N, A) in [0, 1]; labels (N, A) 0/1; NumPy arrays or tensors. → dict:
+    mA = mean over attributes of (TPR + TNR)/2; accuracy, precision, recall = means over pictures of |yes ∩ right| over
+    |yes ∪ right|, |yes|, |right|; f1 of the mean precision and recall. 0/0 counts 0, as in the reference code: an
+    attribute without a positive (or negative) test picture has TPR (TNR) 0 and so mA at most .5. It stays in mA, to be
+    comparable; `mA_both` leaves it out. Per attribute (A,): tpr, tnr, attribute_mA, positive_ratio, both (bool).
+    """
+    p, y = (np.asarray(x.detach().cpu().float() if torch.is_tensor(x) else x) for x in (probabilities, labels))
+    if p.shape != y.shape or p.ndim != 2 or p.size == 0:
+        raise UserError(f"probabilities {p.shape} and labels {y.shape} must be two equal tables (pictures, attributes)")
+    if not np.isfinite(p).all():
+        raise UserError("probabilities hold a value that is not a number")
+    yes, positive, negative = p > THRESHOLD, y == 1, y == 0
+
+    def share(part, whole):
+        return part / np.maximum(whole, 1)  # part ≤ whole, so 0/0 → 0
+
+    tpr = share((yes & positive).sum(0), positive.sum(0))
+    tnr = share((~yes & negative).sum(0), negative.sum(0))
+    both = positive.any(0) & negative.any(0)
+    # mA = 1/A Σ_a (TPR_a + TNR_a) / 2
+    per_attribute = (tpr + tnr) / 2
+    hit = (yes & positive).sum(1)
+    precision = share(hit, yes.sum(1)).mean()
+    recall = share(hit, positive.sum(1)).mean()
+    return {
+        "mA": float(per_attribute.mean()),
+        "accuracy": float(share(hit, (yes | positive).sum(1)).mean()),
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(2 * precision * recall / max(precision + recall, 1e-20)),
+        "mA_both": float(per_attribute[both].mean()) if both.any() else 0.0,
+        "tpr": tpr,
+        "tnr": tnr,
+        "attribute_mA": per_attribute,
+        "positive_ratio": positive.mean(0),
+        "both": both,
+    }

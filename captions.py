@@ -1,6 +1,8 @@
-"""Sentences about people: readers of CUHK-PEDES, ICFG-PEDES and RSTPReid, a word vocabulary, and frozen BERT.
+"""Sentences about people, the numbers: readers of CUHK-PEDES, ICFG-PEDES and RSTPReid, words or frozen BERT, pairs of
+sentence and picture, the ranking loss, retrieval figures.
 
-Legend: N pictures · C captions · T tokens of a sentence, padding included · U width of a word's vector.
+Legend: B pairs on this rank · M pairs of all ranks · N pictures · C captions · T tokens of a sentence, padding included
+· U width of a word's vector · E width of the shared space · v, t features of picture and text.
 """
 
 import json
@@ -12,8 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset
 
-from common import UserError
+from common import UserError, seed_all
+from data import load_picture
+from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
+from reid import evaluate_features
 
 
 class Captioned(NamedTuple):
@@ -144,3 +152,96 @@ def pad_tokens(rows):
     for i, row in enumerate(rows):
         tokens[i, : len(row)] = torch.tensor(row)
     return tokens, lengths
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+class Pairs(Dataset):
+    """Item (epoch, caption index) → picture uint8 (3, H, W), token ids, person, index: f(seed, …)."""
+
+    def __init__(self, split, text, cfg):
+        self.split, self.tokens = split, [text.tokens(t, cfg.max_tokens) for t in split.texts]
+        self.size, self.flip, self.seed = (cfg.height, cfg.width), cfg.flip, cfg.seed
+
+    def __getitem__(self, item):
+        epoch, index = item
+        seed_all(self.seed, epoch, index)
+        row = int(self.split.picture[index])
+        picture = picture_of(self.split.files[row], self.size, torch.rand(()) < self.flip)
+        return picture, self.tokens[index], int(self.split.ids[row]), index
+
+    def name(self, index):
+        return self.split.files[self.split.picture[index]]
+
+    @staticmethod
+    def collate(items):
+        images, tokens, persons, index = zip(*items)
+        return (torch.stack(images), *pad_tokens(tokens), torch.tensor(persons), list(index))
+
+
+class Gallery(Dataset):
+    """Item row → picture uint8 (3, H, W)."""
+
+    def __init__(self, files, size):
+        self.files, self.size = files, size
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, row):
+        return picture_of(self.files[row], self.size)
+
+
+def picture_of(file, size, mirror=False):
+    picture = load_picture("", file).resize(size[::-1], Image.Resampling.BICUBIC)
+    picture = ImageOps.mirror(picture) if mirror else picture
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+# -------------------------------------------------------------------------------------------------- loss and figures
+
+
+def ranking_loss(v, t, person, noise, margin=0.2):
+    """L_rank: each picture against one random semi-hard text, and each text against one random semi-hard picture [HAP].
+
+    v, t (B, E) features (normalised here), row i of both one pair; person (B,) int64; noise (2, B, M) uniform numbers,
+    this rank's rows of the draw for the global batch. Columns are the pairs of all ranks, with gradient.
+    Semi-hard for anchor i: another person's j, less alike than the own partner, but within the margin:
+    s_ii − margin < s_ij < s_ii. Anchors without one count 0.
+    → (scalar: this rank's share of the mean over all anchors, share of anchors with a negative).
+    """
+    with no_autocast(v):
+        v, t = (F.normalize(x, dim=1) for x in full_precision(v, t))
+        other = person[:, None] != gather_rows_of(person)  # (B, M)
+        own = (v * t).sum(1, keepdim=True)  # s_ii (B, 1)
+        loss, found = 0.0, 0.0
+        for similarity, u in ((v @ gather_with_gradient(t).T, noise[0]), (t @ gather_with_gradient(v).T, noise[1])):
+            excess = similarity - own + margin  # (B, M)
+            semi_hard = other & (excess > 0) & (similarity < own)
+            pick = u.masked_fill(~semi_hard, -1.0).argmax(1, keepdim=True)  # one of them, each equally likely
+            has = semi_hard.gather(1, pick)
+            # L_rank = 1/M Σ_i [ [margin − s(v_i, t_i) + s(v_i, t_j)]_+ + [margin − s(t_i, v_i) + s(t_i, v_k)]_+ ]
+            loss = loss + (excess.gather(1, pick) * has).mean()
+            found = found + has.float().mean() / 2
+        return loss, found
+
+
+def retrieval_metrics(v, t, image_ids, text_ids):
+    """R@1, R@5, R@10 and mAP both ways; an answer is right if it is of the same person.
+
+    v (N, E), t (C, E) float32 of length 1; ids (N,), (C,) whole numbers. → dict of fractions `t2i_R1` … `i2t_mAP`, and
+    "ap" (C,), the average precision of each caption. ReID's ranking does the counting; there are no cameras here.
+    """
+    both = np.concatenate([image_ids, text_ids])
+    dense = np.unique(both, return_inverse=True)[1].reshape(-1) + 1  # ReID gives 0 and −1 a meaning of their own
+    image_ids, text_ids = dense[: len(image_ids)], dense[len(image_ids) :]
+    sides = {"t2i": (t, text_ids, v, image_ids), "i2t": (v, image_ids, t, text_ids)}
+    out = {}
+    for name, (query, query_ids, found, found_ids) in sides.items():
+        cameras = np.zeros(len(query_ids), int), np.ones(len(found_ids), int)
+        result = evaluate_features(query, query_ids, cameras[0], found, found_ids, cameras[1])
+        out |= {f"{name}_R{k}": float(result["cmc"][min(k, len(found)) - 1]) for k in (1, 5, 10)}
+        out[f"{name}_mAP"] = result["mAP"]
+        out.setdefault("ap", result["ap"])
+    return out

@@ -23,6 +23,7 @@ import torch.distributed as dist
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ errors for people
@@ -103,6 +104,17 @@ def read_config(keys, doc, argv=None):
 def describe(keys):
     lines = [f"  {name}: {key.meaning} (default {key.default!r}; {key.origin})" for name, key in keys.items()]
     return "\n".join(line.replace("%", "%%") for line in lines)
+
+
+def check_job(cfg):
+    """A fine-tuning stage trains, or, with the weights= of a finished run, does one of eval_only and predict."""
+    if cfg.eval_only and cfg.predict:
+        raise UserError("eval_only and predict are two jobs; give one")
+    if bool(cfg.eval_only or cfg.predict) != bool(cfg.weights):
+        raise UserError(
+            "weights= (a finished run's model.safetensors) and eval_only=true or predict=FOLDER need each other; "
+            "to start a fine-tuning from an encoder use encoder="
+        )
 
 
 def read_yaml(path):
@@ -203,6 +215,19 @@ def barrier():
         dist.barrier()
 
 
+def distributed(model, device):
+    """`model`, or with several ranks a wrapper to call in its place: gradients become the mean over ranks."""
+    if not dist.is_initialized():
+        return model
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def rank_share(n, rank, world):
+    """Which of n things this rank evaluates: consecutive ones, so that gather_rows gives them back in order."""
+    return np.array_split(np.arange(n), world)[rank]
+
+
 def gather_rows(rows, world):
     """Python objects of all ranks, as one flat list on every rank, in rank order. For evaluation, not for gradients."""
     if world == 1:
@@ -236,6 +261,12 @@ def rank_rows(world_rows, rank, world):
     """This rank's slice of something made for the whole global batch: first dimension ÷ world, in rank order."""
     n = len(world_rows) // world
     return world_rows[rank * n : (rank + 1) * n]
+
+
+def rank_noise(key, batch, columns, rank, world, device):
+    """This rank's rows of (batch, columns) uniform numbers drawn for the global batch: f(key), for any world size."""
+    noise = torch.rand(batch, columns, generator=generator_of(*key, device=device), device=device)
+    return rank_rows(noise, rank, world)
 
 
 def learning_rate(step, total, warmup, peak, floor=0.0, kind="cosine", milestones=()):
@@ -326,6 +357,10 @@ def save_checkpoint(path, **state):
     write_atomic(path, lambda part: torch.save(canonical(state), part))
 
 
+def write_json(path, value, indent=1):
+    write_atomic(path, lambda part: part.write_text(json.dumps(value, indent=indent) + "\n"))
+
+
 def canonical(value):
     """The same value in new containers with interned text: pickle writes shared objects differently from equal ones."""
     if isinstance(value, dict):
@@ -351,9 +386,9 @@ def load_checkpoint(path):
 
 
 def resume(path, model, optimizer):
-    """Load last.pt into model and optimiser. → what else it holds, or None if the run was killed before its first."""
+    """Load last.pt, if the run has one yet, into model and optimiser. → what else it holds, at least `step`."""
     if not Path(path).exists():
-        return None
+        return {"step": 0}
     state = load_checkpoint(path)
     if not {"model", "optimizer", "step"} <= set(state):
         raise UserError(f"{path} is not a checkpoint of this stage; delete it to start the run anew")

@@ -6,17 +6,19 @@ A sample is a function of (seed, epoch, index) alone: worker count and world siz
 """
 
 import json
+import random
+import re
 from array import array
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset, Sampler
-from torchvision.transforms import RandomResizedCrop, v2
+from torchvision.transforms import v2
 
-from common import UserError, seed_all
+from common import UserError, seed_of
 
 COCO_JOINTS = (
     "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
@@ -29,7 +31,8 @@ def normalize(pictures):
     """uint8 (B, 3, H, W) → float32, ImageNet mean 0 and standard deviation 1. Runs on the pictures' device."""
     mean = torch.tensor(IMAGENET_MEAN, device=pictures.device).view(3, 1, 1) * 255
     std = torch.tensor(IMAGENET_STD, device=pictures.device).view(3, 1, 1) * 255
-    return (pictures.float() - mean) / std
+    # In place: fresh memory for each of the three results took 20 × as long on a CPU.
+    return pictures.to(torch.float32, copy=True).sub_(mean).div_(std)
 
 
 # ---------------------------------------------------------------------------------------------- COCO keypoint files
@@ -84,15 +87,16 @@ def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_picture
     keypoints = np.frombuffer(rows["keypoints"], np.float32).reshape(n, k, 3)
     boxes = np.frombuffer(rows["bbox"], np.float32).reshape(n, 4).copy()
     image_id = np.array(rows["image_id"], np.int64)
-    unknown = next((i for i in image_id.tolist() if i not in images), None)
-    if unknown is not None:
+    image = np.fromiter((images.get(i, -1) for i in rows["image_id"]), np.int64, n)  # its row among the images
+    if image.min() < 0:
+        unknown = image_id[image.argmin()]
         raise UserError(f"{path}: an annotation names image id {unknown}, which is not among the images")
-    size = np.array([images[i][1:] for i in image_id.tolist()], np.int32)
+    size = np.array(rows["size"], np.int32).reshape(-1, 2)[image]
     boxes, clipped = _clip_boxes(boxes, size, rows["id"], path)
     folder = Path(folder) if folder else path.parent / "images" if (path.parent / "images").is_dir() else path.parent
     people = People(
         folder=str(folder),
-        files=np.array([images[i][0] for i in image_id.tolist()], dtype=np.bytes_),
+        files=np.array(rows["file"], dtype=np.bytes_)[image],
         size=size,
         boxes=boxes,
         keypoints=keypoints,
@@ -106,7 +110,7 @@ def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_picture
         category=category,
     )
     keep = ~np.array(rows["iscrowd"], bool) & ((keypoints[:, :, 2] > 0).sum(1) >= min_joints)
-    people = people.take(keep)
+    people = people if keep.all() else people.take(keep)
     bad = find_bad_pictures(people) if check_pictures else []
     if len(bad) > max_bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
@@ -118,9 +122,12 @@ def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_picture
 
 
 def _parse_coco(path):
-    """One pass over the JSON; annotations and images go straight into flat arrays as the parser meets them."""
-    images, rows = {}, {name: [] for name in ("id", "image_id", "pose_id", "iscrowd", "count", "area")}
-    rows["keypoints"], rows["bbox"] = array("f"), array("f")
+    """One pass over the JSON; annotations and images go straight into flat arrays as the parser meets them.
+
+    → {image id: its row in rows["file"] and rows["size"]}, rows (name → array of all annotations), the rest.
+    """
+    images, rows = {}, {name: array("q") for name in ("id", "image_id", "pose_id", "iscrowd", "count")}
+    rows |= {name: array("f") for name in ("keypoints", "bbox", "area")} | {"file": [], "size": array("q")}
 
     def take(entry):
         if "image_id" in entry:
@@ -134,14 +141,16 @@ def _parse_coco(path):
             for name, default in (("id", None), ("image_id", None), ("pose_id", -1), ("iscrowd", 0)):
                 rows[name].append(int(entry[name] if default is None else entry.get(name, default)))
         elif "file_name" in entry:
-            images[int(entry["id"])] = (entry["file_name"].encode(), int(entry["width"]), int(entry["height"]))
+            rows["size"].extend((int(entry["width"]), int(entry["height"])))
+            images[int(entry["id"])] = len(rows["file"])
+            rows["file"].append(entry["file_name"].encode())
         else:
             return entry
 
     try:
         with open(path, encoding="utf-8") as file:
-            document = json.load(file, object_hook=take)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            document = _load_in_pieces(path, file, take)
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path} as JSON: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is not a COCO keypoint file: an entry lacks or mistypes {error}") from None
@@ -149,6 +158,70 @@ def _parse_coco(path):
         if not isinstance(document, dict) or not isinstance(document.get(name), list):
             raise UserError(f'{path} is not a COCO keypoint file: it has no list "{name}"')
     return images, rows, document
+
+
+def _load_in_pieces(path, file, take, piece=1 << 22):
+    """json.load(file, object_hook=take) for a document {"name": [entries], …} too long to hold as text.
+
+    Entries of its lists are parsed one by one; those that `take` turns into None are not kept.
+    """
+    parse, blank = json.JSONDecoder(object_hook=take).raw_decode, re.compile(r"[ \t\r\n]*")
+    text, at, before = "", 0, 0  # a part of the file, the place in it, characters before it
+
+    def wrong(reason, place=0):
+        return UserError(f"cannot read {path} as JSON: {reason} at character {before + at + place}")
+
+    def more():
+        nonlocal text, at, before
+        new = file.read(piece)
+        text, at, before = text[at:] + new, 0, before + at
+        return bool(new)
+
+    def sign(*expected):  # the next character that is no blank; passed over where it was expected
+        nonlocal at
+        at = blank.match(text, at).end()
+        while at == len(text):
+            if not more():
+                raise wrong("the file ends too early")
+            at = blank.match(text, at).end()
+        if expected and text[at] not in expected:
+            raise wrong(f"{' or '.join(expected)} expected, not {text[at]!r},")
+        at += bool(expected)
+        return text[at - bool(expected)]
+
+    def value():
+        nonlocal at
+        sign()
+        while True:
+            try:
+                out, end = parse(text, at)
+            except json.JSONDecodeError as error:
+                if not more():
+                    raise wrong(error.msg, error.pos - at) from None
+                continue
+            if end < len(text) and text[end] not in ".eE" or not more():  # a number may go on in the next piece
+                at = end
+                return out
+
+    document = {}
+    if sign() != "{":
+        return value()
+    sign("{")
+    while sign() != "}":
+        name = value()
+        sign(":")
+        if sign() != "[":
+            document[name] = value()
+        else:
+            document[name], end = [], sign("[")
+            while end != "]" and sign() != "]":
+                entry = value()
+                document[name] += [] if entry is None else [entry]
+                end = sign(",", "]")
+            at += end != "]"
+        if sign(",", "}") == "}":
+            break
+    return document
 
 
 def _person_category(document, path):
@@ -178,6 +251,8 @@ def flip_ids(joints):
 
 def to_coco17(keypoints, joints):
     """(N, K, 3) of any joint set → (N, 17, 3) by joint name; joints the set lacks are missing (all zero)."""
+    if list(joints) == COCO_JOINTS:
+        return keypoints
     out = np.zeros((len(keypoints), 17, 3), np.float32)
     for j, name in enumerate(COCO_JOINTS):
         if name in joints:
@@ -190,7 +265,7 @@ def find_bad_pictures(people):
     bad = []
     for name in dict.fromkeys(people.files.tolist()):
         try:
-            with open(Path(people.folder) / name.decode(), "rb") as file:
+            with open(f"{people.folder}/{name.decode()}", "rb", buffering=0) as file:
                 end = file.seek(0, 2)
                 if end == 0:
                     bad.append((name.decode(), "empty"))
@@ -232,6 +307,16 @@ STRONG = v2.Compose(  # [StableRep]; the paper: stronger augmentation narrows th
 )
 
 
+def seed_sample(*key):
+    """common.seed_all, the same numbers, but on the CPU alone: where CUDA is not in use yet, as in a loader's worker,
+    torch.manual_seed notes a stack trace for each kind of GPU, which took as long as decoding a picture.
+    """
+    seed = seed_of(*key)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+
+
 class PretrainPictures(Dataset):
     """Item (epoch, index) → picture uint8 (3, H, W), keypoints (17, 3) px of that picture, pose_id, index.
 
@@ -266,7 +351,7 @@ class PretrainPictures(Dataset):
 
     def __getitem__(self, item):
         epoch, index = item
-        seed_all(self.seed, epoch, index)
+        seed_sample(self.seed, epoch, index)
         f, row = self.where(index)
         people = self.people[f]
         picture = load_picture(people.folder, people.files[row], people.size[row])
@@ -275,21 +360,37 @@ class PretrainPictures(Dataset):
 
     def augment(self, picture, region, keypoints):
         (x, y, w, h), (H, W) = region, self.size
-        extent = torch.empty(1, h, w)  # get_params only asks its size
-        top, left, ch, cw = RandomResizedCrop.get_params(extent, scale=(0.8, 1.0), ratio=(0.375, 0.667))  # [HAP]
+        left, top, cw, ch = random_crop(w, h)
         x, y = x + left, y + top
-        picture = picture.resize((W, H), Image.Resampling.BICUBIC, box=(x, y, x + cw, y + ch))
+        pixels = torch.from_numpy(np.array(picture.crop((x, y, x + cw, y + ch)))).permute(2, 0, 1)
+        # torch's uint8 resize equals Pillow's up to rounding (a grey level or two) and takes a third of its time.
+        pixels = torch.nn.functional.interpolate(pixels[None], (H, W), mode="bicubic", antialias=True)[0]
         # Pixel centres are whole numbers, edges halves: (x + .5) scales, not x.
         xy = (keypoints[:, :2] + 0.5 - (x, y)) * (W / cw, H / ch) - 0.5
         keypoints = np.concatenate([xy, keypoints[:, 2:]], 1).astype(np.float32)
         if torch.rand(()) < 0.5:
-            picture = ImageOps.mirror(picture)
+            pixels = pixels.flip(2)
             keypoints = keypoints[self.flip]
             keypoints[:, 0] = W - 1 - keypoints[:, 0]
-        pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         if self.strong:
             pixels = STRONG(pixels)
         return {"image": pixels.contiguous(), "keypoints": torch.from_numpy(keypoints)}
+
+
+def random_crop(w, h, scale=(0.8, 1.0), ratio=(0.375, 0.667)):  # [HAP]
+    """RandomResizedCrop's rectangle (x, y, width, height) in a region of w × h px: uniform share `scale` of the area,
+    log-uniform `ratio` width/height, uniform place; after 10 misses the largest central one that keeps the ratio.
+    torchvision's own get_params draws the same with some twenty tensor operations, which cost as much as the resize.
+    """
+    for _ in range(10):
+        area, shape, across, down = torch.rand(4).tolist()
+        area = w * h * (scale[0] + area * (scale[1] - scale[0]))
+        shape = ratio[0] * (ratio[1] / ratio[0]) ** shape
+        cw, ch = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
+        if 0 < cw <= w and 0 < ch <= h:
+            return int(across * (w - cw + 1)), int(down * (h - ch + 1)), cw, ch
+    cw, ch = max(1, min(w, round(h * ratio[1]))), max(1, min(h, round(w / ratio[0])))
+    return (w - cw) // 2, (h - ch) // 2, cw, ch
 
 
 def padded_box(box, padding, size):
@@ -386,14 +487,24 @@ class PoseBatches(Sampler):
 
 
 class EpochBatches(Sampler):
-    """Batch sampler of plain fine-tuning: step first … last − 1 → this rank's (epoch, index) pairs of `n` samples.
+    """Batch sampler of plain fine-tuning: step → this rank's (epoch, index) pairs of `n` samples; `batch` is global.
 
-    An epoch is a permutation, a function of (seed, epoch); its last incomplete batch is dropped. `batch` is global.
+    An epoch is a permutation, a function of (seed, epoch); its last incomplete batch is dropped.
+    Raises UserError where ranks cannot share a batch evenly, and when an epoch holds no full batch.
     """
 
-    def __init__(self, n, batch, seed, first, last, rank=0, world=1):
-        self.n, self.batch, self.seed, self.first, self.last = n, batch, seed, first, last
-        self.rank, self.own = rank, batch // world
+    def __init__(self, n, batch, seed, rank=0, world=1):
+        if batch % world:
+            raise UserError(f"batch={batch} does not split over {world} ranks; make it a multiple of {world}")
+        if n < batch:
+            raise UserError(f"batch={batch} is larger than the {n} training samples; lower it")
+        self.n, self.batch, self.seed, self.rank, self.own = n, batch, seed, rank, batch // world
+        self.steps_per_epoch, self.first, self.last = n // batch, 0, None
+
+    def run(self, first, last):
+        """Iterate the steps first .. last-1 of the whole run."""
+        self.first, self.last = first, last
+        return self
 
     def __len__(self):
         return self.last - self.first
@@ -401,7 +512,7 @@ class EpochBatches(Sampler):
     def __iter__(self):
         cached, order = None, None
         for step in range(self.first, self.last):
-            epoch, place = divmod(step, self.n // self.batch)
+            epoch, place = divmod(step, self.steps_per_epoch)
             if epoch != cached:
                 cached, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
             begin = place * self.batch + self.rank * self.own

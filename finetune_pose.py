@@ -15,44 +15,46 @@ Legend: B people on this rank · M all ranks · K joints · N patches · D width
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import pictures
 import pose
 import pose_data
 from common import (
+    Figures,
     Key,
     Log,
     UserError,
     autocast,
     barrier,
+    check_job,
+    distributed,
     gather_rows,
-    generator_of,
     learning_rate,
     load_checkpoint,
     load_weights,
     open_run,
     parameter_groups,
-    rank_rows,
+    rank_noise,
+    rank_share,
     read_config,
+    resume,
     run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
     set_learning_rate,
+    settle,
     start_ranks,
-    write_atomic,
+    write_json,
 )
-from data import PoseBatches, load_picture, normalize
-from losses import gather_rows_of
-from model import SIZES, ClassicHead, SimpleHead, encoder_meta, layer_of, load_encoder
+from data import EpochBatches, load_picture, normalize
+from model import SIZES, ClassicHead, SimpleHead, layer_of, load_encoder, meta_of, use_meta
 
 KEYS = dict(
     out=Key("runs/pose", "run folder"),
@@ -102,7 +104,7 @@ KEYS = dict(
     nms=Key(0.9, "OKS from which a pose of a picture is a duplicate; only with `boxes`", "[HRNet]", low=0, high=1),
     eval_every=Key(0, "epochs between evaluations on the way (logged only); 0 = only at the end", low=0, free=True),
     # machine
-    precision=Key("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16")),
+    precision=Key("auto", "fp32; bf16 autocast; auto: bf16 where hardware has it", choices=("auto", "fp32", "bf16")),
     compile=Key(False, "torch.compile the encoder"),
     checkpoint_activations=Key(False, "recompute activations: less memory, more time", free=True),
     device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
@@ -116,11 +118,9 @@ def main():
     cfg = read_config(KEYS, __doc__)
     rank, world, device = start_ranks(cfg.device)
     check(cfg)
-    meta = encoder_meta(cfg.weights)
-    if cfg.weights:
-        use_meta(cfg, meta)
+    meta = use_meta(cfg, "finetune_pose.py", "joints", "tokens", "head", "padding")
     train_people = None
-    if cfg.train_annotations and not cfg.eval_only and not cfg.predict:
+    if not cfg.weights:
         train_people, _, _ = pose_data.read_pose_file(cfg.train_annotations, cfg.train_images, cfg.max_bad)
         train_people = train_people.take(np.arange(len(train_people.files))[: cfg.limit or None])
     val = Pictures(cfg, meta) if cfg.predict else Validation(cfg)
@@ -137,16 +137,15 @@ def main():
         model.encoder.compile()
     if train_people:
         dataset = pose_data.PosePictures(cfg, train_people, training=True)
-        batches = PoseBatches(dataset, cfg.batch, 1, [], cfg.seed, rank, world)
-    state = open_run(cfg, KEYS, rank)
-    if state == "finished":
+        batches = EpochBatches(len(dataset), cfg.batch, cfg.seed, rank, world)
+    if open_run(cfg, KEYS, rank) == "finished":
         print(f"{cfg.out} is finished already") if rank == 0 else None
         return
 
     if train_people:
         total = cfg.epochs * batches.steps_per_epoch
         optimizer = build_optimizer(cfg, model)
-        step = resume(cfg, model, optimizer) if state == "resume" else 0
+        step = resume(Path(cfg.out) / "last.pt", model, optimizer)["step"]
         log = Log(cfg.out, total, step, rank, "pose")
         log.say(f"{report}; {len(train_people.files)} people, {len(joints)} joints, {total} steps of {cfg.batch}")
         train(cfg, model, meta, optimizer, dataset, batches, val, step, total, log, rank, world, device)
@@ -163,15 +162,8 @@ def main():
 
 def check(cfg):
     """Settings that are valid one by one but not together."""
-    if cfg.eval_only and cfg.predict:
-        raise UserError("eval_only and predict are two jobs; give one")
-    if bool(cfg.eval_only or cfg.predict) != bool(cfg.weights):
-        raise UserError(
-            "weights= (a finished run's model.safetensors) and eval_only=true or predict=FOLDER need each other; "
-            "to start a fine-tuning from weights use encoder="
-        )
-    needed = [] if cfg.predict else ["val_annotations"] if cfg.eval_only else ["train_annotations", "val_annotations"]
-    for name in needed:
+    check_job(cfg)
+    for name in () if cfg.predict else ("train_annotations", "val_annotations")[cfg.eval_only :]:
         if not getattr(cfg, name):
             raise UserError(f"{name}= names no file; give a COCO keypoint JSON")
     if cfg.predict and not Path(cfg.predict).is_dir():
@@ -193,8 +185,7 @@ class PoseModel(nn.Module):
     def forward(self, images, drop_noise=None):
         """images (B, 3, H, W) normalised, drop_noise (2·depth, B) or None → heat maps (B, K, h, w)."""
         x = self.encoder(images, drop_noise=drop_noise)  # (B, S + N, D)
-        S = self.encoder.n_special
-        special, patches = x[:, :S], x[:, S:]
+        special, patches = x.tensor_split([self.encoder.n_special], 1)
         # paper silent: how [POSE] takes part downstream. HAP drops [CLS].
         if self.tokens == "add":
             patches = patches + special[:, 1:]
@@ -203,34 +194,23 @@ class PoseModel(nn.Module):
         return self.head(patches, self.encoder.grid)
 
 
-def use_meta(cfg, meta):
-    """A fine-tuned model's file decides everything about the model."""
-    if "joints" not in meta:
-        raise UserError(f"{cfg.weights} is not a model.safetensors of finetune_pose.py (it names no joints)")
-    cfg.height, cfg.width, cfg.patch = (int(meta[name]) for name in ("height", "width_px", "patch_size"))
-    cfg.size, cfg.tokens, cfg.head = (meta[name] for name in ("size", "tokens", "head"))
-    cfg.pose_token, cfg.padding = meta["pose_token"] == "True", float(meta["padding"])
-
-
 def build_model(cfg, n_joints):
     """→ (PoseModel with the encoder's or the fine-tuned weights, what to write beside them, one sentence about it)."""
+    start, more = None if cfg.weights else cfg.encoder, {"checkpoint_activations": cfg.checkpoint_activations}
     encoder, size, sentence = load_encoder(
-        cfg.encoder, (cfg.height, cfg.width), cfg.size, cfg.patch, cfg.pose_token, cfg.drop_path,
-        checkpoint_activations=cfg.checkpoint_activations,
-    )  # fmt: skip
+        start, (cfg.height, cfg.width), cfg.size, cfg.patch, cfg.pose_token, cfg.drop_path, **more
+    )
     head = {"classic": ClassicHead, "simple": SimpleHead}[cfg.head](encoder.width, n_joints)
     model = PoseModel(encoder, head, cfg.tokens)
     if cfg.weights:
         load_weights(model, load_checkpoint(cfg.weights), cfg.weights)
-    meta = {k: SIZES[size][k] for k in ("width", "depth", "heads")} | {"size": size, "patch_size": encoder.patch_size}
-    meta |= {"height": cfg.height, "width_px": cfg.width, "pose_token": encoder.n_special == 2}
-    return model, meta, sentence
+        sentence = f"model {cfg.weights}"
+    return model, meta_of(encoder, size), sentence
 
 
 def build_optimizer(cfg, model):
     depth = model.encoder.depth
-    layers = partial(layer_of, depth=depth)
-    groups = parameter_groups(model, cfg.weight_decay, cfg.layer_decay, layers, depth + 1)
+    groups = parameter_groups(model, cfg.weight_decay, cfg.layer_decay, lambda name: layer_of(name, depth), depth + 1)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)  # β [ViTPose]
 
 
@@ -242,23 +222,17 @@ def train(cfg, model, meta, optimizer, dataset, batches, val, first, total, log,
     loader = DataLoader(
         dataset, batch_sampler=batches.run(first, total), num_workers=cfg.workers, pin_memory=device.type == "cuda"
     )
-    runner = model
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        runner = DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    runner = distributed(model.train(), device)
     milestones = [m * batches.steps_per_epoch for m in cfg.milestones]
     map_size, figures = tuple(4 * n for n in model.encoder.grid), None
-    model.train()
     for step, sample in enumerate(loader, first):
         lr = learning_rate(step, total, cfg.warmup_steps, cfg.lr, kind=cfg.schedule, milestones=milestones)
         set_learning_rate(optimizer, lr)
         images = normalize(sample["image"].to(device, non_blocking=True))
         keypoints = sample["keypoints"].to(device, non_blocking=True)
-        # Drop path is drawn for the global batch, so that the number of ranks changes nothing.
-        noise = torch.rand(cfg.batch, 2 * model.encoder.depth, generator=generator_of(cfg.seed, step))
-        noise = rank_rows(noise, rank, world).T.to(device, non_blocking=True)
+        noise = rank_noise((cfg.seed, step), cfg.batch, 2 * model.encoder.depth, rank, world, device)
         with autocast(device, cfg.precision):
-            heat = runner(images, noise)
+            heat = runner(images, noise.T)
         target, weight = pose.heat_maps(keypoints, dataset.size, map_size, cfg.sigma)
         loss = pose.heat_map_loss(heat, target, weight)
         loss.backward()
@@ -266,12 +240,11 @@ def train(cfg, model, meta, optimizer, dataset, batches, val, first, total, log,
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        settle(figures, dataset, cfg, log)  # the step before this one
-        finite = heat.detach().float().sum((1, 2, 3)).isfinite()
-        rate = log.rate(step + 1, cfg.batch) if step % cfg.log_every == 0 else 0.0
-        figures = Figures(step, lr, rate, loss, norm, finite, sample["index"])
+        settle(figures, log, dataset.name, cfg.batch, cfg.log_every, ("loss",))  # the step before this one
+        bad = ~heat.detach().float().sum((1, 2, 3)).isfinite()
+        figures = Figures(step, lr, {"loss": loss, "grad_norm": norm}, sample["index"], bad)
         if step + 1 == total or (step + 1) % cfg.save_every == 0:
-            settle(figures, dataset, cfg, log)  # never save after a non-finite loss
+            settle(figures, log, dataset.name, cfg.batch, cfg.log_every, ("loss",))  # never save a broken model
             figures = None
             save(cfg, model, meta, optimizer, step + 1, rank)
         log.advance()
@@ -284,40 +257,6 @@ def train(cfg, model, meta, optimizer, dataset, batches, val, first, total, log,
             model.train()
 
 
-class Figures:
-    """One step's figures of all ranks, on their way to the host while the device goes on."""
-
-    def __init__(self, step, lr, rate, loss, norm, finite, index):
-        self.step, self.lr, self.rate, self.index = step, lr, rate, index
-        ranks = gather_rows_of(torch.stack([loss.detach(), norm.detach()])[None])  # (ranks, 2)
-        self.ranks, self.finite = ranks.to("cpu", non_blocking=True), finite.to("cpu", non_blocking=True)
-        self.copied = torch.cuda.Event() if ranks.is_cuda else None
-        if self.copied:
-            self.copied.record()
-
-
-def settle(figures, dataset, cfg, log):
-    """Check a step's figures and log them. A non-finite loss stops all ranks; the last checkpoint stays."""
-    if figures is None:
-        return
-    if figures.copied:
-        figures.copied.synchronize()
-    finite = figures.ranks.isfinite().all(1)
-    if not finite.all():
-        ranks = (~finite).nonzero().flatten().tolist()
-        bad = (~figures.finite).nonzero().flatten().tolist() or range(len(figures.index))
-        names = [dataset.name(int(figures.index[i])) for i in bad]
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        raise UserError(
-            f"non-finite loss or gradient at step {figures.step} on rank(s) {ranks}; this rank's pictures: "
-            f"{', '.join(names[:8])}{more}; the last checkpoint stays; lower lr or look at these pictures"
-        )
-    if figures.step % cfg.log_every == 0:
-        loss, norm = figures.ranks.mean(0).tolist()
-        row = {"step": figures.step + 1, "loss": loss, "lr": figures.lr, "grad_norm": norm}
-        log.write(**row, pictures_per_s=figures.rate, shown=("loss", "lr", "pictures_per_s"))
-
-
 def save(cfg, model, meta, optimizer, step, rank):
     if rank == 0:
         out = Path(cfg.out)
@@ -327,22 +266,9 @@ def save(cfg, model, meta, optimizer, step, rank):
 
 def save_model(cfg, model, meta, people):
     """Encoder and head in one file that eval_only and predict can use without any config."""
-    more = {"joints": json.dumps(people.joints), "skeleton": json.dumps(people.skeleton)}
-    more |= {"tokens": cfg.tokens, "head": cfg.head, "padding": cfg.padding}
+    more = dict(joints=json.dumps(people.joints), skeleton=json.dumps(people.skeleton))
+    more |= dict(tokens=cfg.tokens, head=cfg.head, padding=cfg.padding)
     save_encoder(Path(cfg.out) / "model.safetensors", model, **meta, **more)
-
-
-def resume(cfg, model, optimizer):
-    """Load last.pt into model and optimiser. → steps done (0 if the run was killed before its first checkpoint)."""
-    path = Path(cfg.out) / "last.pt"
-    if not path.exists():
-        return 0
-    state = load_checkpoint(path)
-    if not {"model", "optimizer", "step"} <= set(state):
-        raise UserError(f"{path} is not a checkpoint of finetune_pose.py; delete it to start this run anew")
-    load_weights(model, state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
 
 
 # --------------------------------------------------------------------------------------------------------- evaluation
@@ -356,51 +282,45 @@ def predict(cfg, model, val, rank, world, device):
     mirrored back and averaged; UDP's grid is its own mirror image, so nothing is shifted.
     """
     dataset = pose_data.PosePictures(cfg, val.people, training=False)
-    own = list(range(rank, len(dataset), world))
-    batch = max(1, min(cfg.batch // world, 256))
+    own, batch = rank_share(len(dataset), rank, world), max(1, min(cfg.batch // world, 256))
     batches = [[(0, i) for i in own[k : k + batch]] for k in range(0, len(own), batch)]
-    loader = DataLoader(dataset, batch_sampler=batches, num_workers=cfg.workers)
     model.eval()
-    rows = []
-    for sample in loader:
+    parts = []
+    for sample in DataLoader(dataset, batch_sampler=batches, num_workers=cfg.workers):
         images = normalize(sample["image"].to(device, non_blocking=True))
         with autocast(device, cfg.precision):
             heat = model(images).float()
             if cfg.flip_test:
                 heat = (heat + model(images.flip(3)).float().flip(3)[:, val.people.flip]) / 2
         found = pose.decode(heat, dataset.size).cpu().numpy()
-        for index, matrix, keypoints in zip(sample["index"].tolist(), sample["matrix"].numpy(), found):
+        for matrix, keypoints in zip(sample["matrix"].numpy(), found):
             keypoints[:, :2] = pose.to_picture(matrix, keypoints[:, :2])
-            rows.append((index, keypoints))
-    rows = dict(gather_rows(rows, world))
-    return np.stack([rows[i] for i in range(len(dataset))])
+        parts.append(found)
+    return np.concatenate(gather_rows(parts, world))
 
 
 class Validation:
     """What is evaluated on: `people` are the boxes (ground truth, or from a file), `truth` the annotated people."""
 
     def __init__(self, cfg):
-        path = cfg.val_annotations
-        self.truth, notes, self.document = pose_data.read_pose_file(path, cfg.val_images, cfg.max_bad, True)
+        read = pose_data.read_pose_file(cfg.val_annotations, cfg.val_images, cfg.max_bad, with_document=True)
+        self.truth, notes, self.document = read
         self.people, self.box_score = self.truth, np.ones(len(self.truth.files))
         self.bad_images = {i["id"] for i in self.document["images"] if i["file_name"] in set(notes["bad"])}
         self.sigmas, self.sigma_source = pose.oks_sigmas(self.truth.joints)
         self.category = pose_data.person_category(self.document)["id"]
-        rows = notes.get("rows", len(self.truth.files))
+        rows = notes.get("rows", len(self.truth.files))  # in the file, also those that are left out
         self.heads = pose_data.read_mpii_heads(cfg.mpii_mat, rows) if cfg.mpii_mat else None
         if cfg.boxes:
-            size = dict(zip(self.truth.image_id.tolist(), self.truth.size.tolist()))
-            images = {}
-            for i in self.document["images"]:
-                if i["id"] not in self.bad_images:
-                    wh = (int(i["width"]), int(i["height"])) if "width" in i else size[i["id"]]
-                    images[i["id"]] = images[i["file_name"]] = (i["file_name"], wh, i["id"])
+            images = pose_data.pictures_of(self.document, self.truth, self.bad_images)
             self.people, self.box_score = pose_data.read_boxes(cfg.boxes, images, self.truth, self.category)
 
     def results(self, cfg, found):
         """COCO keypoint results: score = box × mean joint score; with boxes from a file, duplicates removed."""
         score = pose.pose_score(self.box_score, found[..., 2])
-        keep = without_duplicates(cfg, self.people, found, score) if cfg.boxes else range(len(found))
+        keep = range(len(found))
+        if cfg.boxes:
+            keep = pose.without_duplicates(self.people, found, score, cfg.width / cfg.height, cfg.padding, cfg.nms)
         return [
             {
                 "image_id": int(self.people.image_id[i]), "category_id": self.category, "score": float(score[i]),
@@ -413,37 +333,23 @@ class Validation:
         """→ (flat metrics, everything for metrics.json, per-person OKS (N,), COCO results)."""
         results, truth = self.results(cfg, found), self.truth
         flat = pose.coco_metrics(self.document, results, self.sigmas, self.bad_images)
-        full = {"people": len(truth.files), "boxes": cfg.boxes or "ground truth"}
-        full |= {"oks_sigmas": self.sigma_source} | flat
+        full = dict(people=len(truth.files), boxes=cfg.boxes or "ground truth", oks_sigmas=self.sigma_source) | flat
         if cfg.boxes:  # PCK compares person with person: it needs the ground truth's boxes
             return flat, full, None, results
-        xy, target = found[..., :2].astype(np.float64), truth.keypoints.astype(np.float64)
-        torso = pose.torso_size(target, truth.joints)
-        if np.isfinite(torso).any():
-            flat["PCK@.2"], each, left_out = pose.pck(xy, target, torso, 0.2)
-            full |= {"PCK@.2": flat["PCK@.2"], "torso": "left shoulder to right hip, else the other diagonal"}
-            full |= {"people_without_torso": left_out, "PCK@.2_per_joint": per_joint(truth.joints, each)}
-        if {"head_top", "upper_neck"} <= set(truth.joints):
-            head, source = pose.head_size(target, truth.joints), "head_top to upper_neck (ours: no official .mat given)"
-            if self.heads:
-                head, labelled = (column[truth.annotation_id - 1] for column in self.heads)
-                target[..., 2], source = labelled * 2, "0.6 × diagonal of the official head box"
-            counted = [j for j in range(len(truth.joints)) if truth.joints[j] not in ("pelvis", "thorax")]  # [MPII]
-            flat["PCKh@.5"], _, left_out = pose.pck(xy[:, counted], target[:, counted], head, 0.5)
-            full |= {"PCKh@.5": flat["PCKh@.5"], "head_size": source, "people_without_head": left_out}
-            full["PCKh@.5_per_joint"] = per_joint(truth.joints, pose.pck(xy, target, head, 0.5)[1])
-        return flat, full, pose.oks(xy, target, truth.area, self.sigmas), results
+        heads = [column[truth.annotation_id - 1] for column in self.heads] if self.heads else None
+        share, more = pose.pck_metrics(found[..., :2], truth.keypoints, truth.joints, heads)
+        oks = pose.oks(found[..., :2].astype(np.float64), truth.keypoints.astype(np.float64), truth.area, self.sigmas)
+        return flat | share, full | more, oks, results
 
     def report(self, cfg, found):
         """Write metrics.json, results.json, overlays.png and pck.png; print the figures."""
         flat, full, oks, results = self.metrics(cfg, found)
         out = Path(cfg.out)
-        write_json(out / "results.json", results)
+        write_json(out / "results.json", results, indent=None)
         write_json(out / "metrics.json", full)
         if "PCK@.2_per_joint" in full:
-            pictures.pck_chart(
-                full["PCK@.2_per_joint"], out / "pck.png", f"PCK@.2 of torso, {full['PCK@.2']:.3f} overall"
-            )
+            title = f"PCK@.2 of torso, {full['PCK@.2']:.3f} overall"
+            pictures.pck_chart(full["PCK@.2_per_joint"], out / "pck.png", title)
         pictures.pose_sheet(*self.examples(found, oks), self.truth.skeleton, self.truth.joints, out / "overlays.png")
         if "published" not in self.sigma_source:
             print(f"OKS uses {self.sigma_source}")
@@ -453,35 +359,13 @@ class Validation:
         """Worst and best by OKS, with picture, truth and prediction. With boxes from a file: the best pose of each."""
         truth = self.truth
         if oks is None:
-            found, oks = self.nearest(found)
+            found, oks = pose.nearest_poses(truth, self.people.image_id, found, self.sigmas)
         order = np.argsort(oks, kind="stable")
         order = order[np.isfinite(oks[order])]  # MPII lists people without a joint
         chosen = list(dict.fromkeys([*order[:6], *order[::-1][:6]]))
         load = [load_picture(truth.folder, truth.files[i]) for i in chosen]
         labels = [f"OKS {oks[i]:.2f} · {truth.files[i].decode()}" for i in chosen]
         return load, truth.boxes[chosen], truth.keypoints[chosen], found[chosen], labels
-
-    def nearest(self, found):
-        """Of each annotated person the most similar pose of its picture, and its OKS (0 where there is none)."""
-        best, oks = np.zeros_like(self.truth.keypoints), np.zeros(len(self.truth.files))
-        for i, image in enumerate(self.truth.image_id):
-            rows = np.flatnonzero(self.people.image_id == image)
-            if len(rows):
-                goal = np.broadcast_to(self.truth.keypoints[i], (len(rows), *self.truth.keypoints[i].shape))
-                near = pose.oks(found[rows][..., :2], goal, np.full(len(rows), self.truth.area[i]), self.sigmas)
-                best[i], oks[i] = found[rows[near.argmax()]], near.max()
-        return best, oks
-
-
-def without_duplicates(cfg, people, found, score):
-    """Ids that OKS-NMS keeps, picture by picture. The area of a pose is that of its padded region [HRNet]."""
-    area = pose.regions(people.boxes, cfg.width / cfg.height, cfg.padding)[1].prod(1)
-    sigmas, keep = pose.oks_sigmas(people.joints)[0], []
-    for image in np.unique(people.image_id):
-        rows = np.flatnonzero(people.image_id == image)
-        xy = found[rows, :, :2].astype(np.float64)
-        keep.append(rows[pose.oks_nms(xy, score[rows], area[rows], sigmas, cfg.nms)])
-    return np.concatenate(keep)
 
 
 class Pictures:
@@ -498,27 +382,18 @@ class Pictures:
         """predictions.json, a COCO keypoint file (joints above .2 visible), and overlays.png of the surest."""
         people, out, score = self.people, Path(cfg.out), pose.pose_score(self.box_score, found[..., 2])
         if cfg.boxes:
-            keep = without_duplicates(cfg, people, found, score)
+            keep = pose.without_duplicates(people, found, score, cfg.width / cfg.height, cfg.padding, cfg.nms)
             people, found, score = people.take(keep), found[keep], score[keep]
         seen = np.concatenate([found[..., :2], np.where(found[..., 2:] > 0.2, 2, 1)], 2)
-        write_json(out / "predictions.json", pose_data.coco_document(people, seen, found[..., 2], score))
+        write_json(out / "predictions.json", pose_data.coco_document(people, seen, found[..., 2], score), indent=None)
         chosen = np.argsort(-score, kind="stable")[:24]
         load = [load_picture(people.folder, people.files[i]) for i in chosen]
         labels = [f"score {score[i]:.2f} · {people.files[i].decode()}" for i in chosen]
         drawn = (load, people.boxes[chosen], None, found[chosen], labels, people.skeleton, people.joints)
         pictures.pose_sheet(*drawn, out / "overlays.png")
-        n = len(set(people.files.tolist()))
-        print(f"{len(found)} people in {n} pictures: {out}/predictions.json, {out}/overlays.png")
-
-
-def per_joint(joints, values):
-    return {name: None if np.isnan(v) else float(v) for name, v in zip(joints, values)}
-
-
-def write_json(path, value):
-    write_atomic(
-        path, lambda part: part.write_text(json.dumps(value, indent=1 if path.name == "metrics.json" else None))
-    )
+        print(
+            f"{len(found)} people in {len(set(people.files.tolist()))} pictures: {out}/predictions.json, overlays.png"
+        )
 
 
 if __name__ == "__main__":

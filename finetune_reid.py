@@ -15,44 +15,57 @@ The last epoch is reported, never the best one on the test set. HAP ViT-B: Marke
 Legend: B pictures on this rank · M all ranks · D feature width · Q queries · G gallery · C people in training.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import pictures
 import reid
 from common import (
+    Figures,
     Key,
     Log,
     UserError,
     autocast,
     barrier,
+    check_job,
+    distributed,
     gather_rows,
-    generator_of,
     learning_rate,
     load_checkpoint,
     load_weights,
     open_run,
     parameter_groups,
-    rank_rows,
+    rank_noise,
+    rank_share,
     read_config,
+    resume,
     run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
     set_learning_rate,
+    settle,
     start_ranks,
     write_atomic,
+    write_json,
 )
 from data import load_picture, normalize
-from losses import gather_rows_of
-from model import SIZES, TOKENS, GlobalBatchNorm, encoder_meta, layer_of, load_encoder, token_features
+from model import (
+    SIZES,
+    TOKENS,
+    GlobalBatchNorm,
+    feature_width,
+    layer_of,
+    load_encoder,
+    meta_of,
+    token_features,
+    use_meta,
+)
 from reid import evaluate_features, ranking_metrics, triplet_loss
 
 __all__ = ["ReID", "evaluate_features", "ranking_metrics", "triplet_loss"]
@@ -96,38 +109,40 @@ KEYS = dict(
     predict=Key(None, "only predict: a folder of pictures → embeddings.npz, nearest.png"),
     weights=Key(None, "model.safetensors of a finished run, for eval_only and predict"),
     # machine
-    precision=Key("fp32", "fp32, or bf16 autocast", choices=("fp32", "bf16")),
+    precision=Key("auto", "fp32; bf16 autocast; auto: bf16 where hardware has it", choices=("auto", "fp32", "bf16")),
     checkpoint_activations=Key(False, "recompute activations: less memory, more time", free=True),
     device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
     workers=Key(2, "loader processes per rank", low=0, free=True),
     save_every=Key(500, "steps between checkpoints", low=1, free=True),
     log_every=Key(10, "steps between log lines", low=1, free=True),
 )  # fmt: skip
+SHOWN = ("loss", "identity", "triplet", "accuracy")  # beside the progress bar
 
 
 def main():
     cfg = read_config(KEYS, __doc__)
     rank, world, device = start_ranks(cfg.device)
-    check(cfg)
+    check_job(cfg)
+    if not cfg.predict and not cfg.data:
+        raise UserError("data= names no folder; give the root of Market-1501, MSMT17 or one of the same layout")
     if cfg.predict:
         return predict(cfg, rank, world, device)
     folders = (None if cfg.eval_only else cfg.train, cfg.query, cfg.gallery)
     train_set, query, gallery, about = reid.read_data(cfg.data, cfg.layout, *folders)
-    batches = total = step = 0
+    batches = total = step = 0  # as eval_only leaves them
     if train_set:
         batches = reid.PersonBatches(train_set.ids, cfg.people, cfg.pictures_per_person, cfg.seed, rank, world)
         total = cfg.epochs * batches.steps_per_epoch
         about += f"; {batches.about}; {total} steps of {batches.size}"
     seed_all(cfg.seed)  # initial weights
     model, meta, sentence = build_model(cfg, train_set and len(batches.members))
-    state = open_run(cfg, KEYS, rank)
-    if state == "finished":
+    if open_run(cfg, KEYS, rank) == "finished":
         print(f"{cfg.out} is finished already: see {cfg.out}/metrics.json") if rank == 0 else None
         return
     model.to(device)
-    optimizer = build_optimizer(cfg, model)
-    if train_set and state == "resume":
-        step = resume(cfg, model, optimizer)
+    if train_set:
+        optimizer = build_optimizer(cfg, model)
+        step = resume(Path(cfg.out) / "last.pt", model, optimizer)["step"]
     log = Log(cfg.out, total, step, rank, "reid")
     log.say(f"{about}; {sentence}")
     if step < total:
@@ -141,19 +156,6 @@ def main():
     barrier()
 
 
-def check(cfg):
-    """Settings that are valid one by one but not together."""
-    if cfg.eval_only and cfg.predict:
-        raise UserError("eval_only and predict are two jobs; give one")
-    if bool(cfg.eval_only or cfg.predict) != bool(cfg.weights):
-        raise UserError(
-            "weights= (a finished run's model.safetensors) and eval_only=true or predict=FOLDER need each other; "
-            "to start a fine-tuning from weights use encoder="
-        )
-    if not cfg.predict and not cfg.data:
-        raise UserError("data= names no folder; give the root of Market-1501, MSMT17 or one of the same layout")
-
-
 # ------------------------------------------------------------------------------------------------------------ model
 
 
@@ -165,10 +167,7 @@ class ReID(nn.Module):
 
     def __init__(self, encoder, token, people, bnneck):
         super().__init__()
-        if token in ("pose", "both") and encoder.n_special < 2:
-            raise UserError(f"token={token} needs an encoder with [POSE]; use token=cls or patch_mean")
-        self.encoder, self.token = encoder, token
-        width = encoder.width * (2 if token == "both" else 1)
+        self.encoder, self.token, width = encoder, token, feature_width(encoder, token)
         self.neck = GlobalBatchNorm(width) if bnneck else nn.Identity()
         if bnneck:
             self.neck.bias.requires_grad_(False)  # [BoT]
@@ -187,33 +186,19 @@ class ReID(nn.Module):
 
 def build_model(cfg, people=None):
     """→ (model, what its file says of it, a sentence). With weights=, model and input size come from that file."""
-    size, patch, path = cfg.size, cfg.patch, cfg.encoder
+    m = use_meta(cfg, "finetune_reid.py", "people", "token", "bnneck")
     # Others' weights have no [POSE]: one is added, untrained, only where it is asked for.
-    pose_token = path is None or cfg.token in ("pose", "both")
-    if cfg.weights:
-        m, path = encoder_meta(cfg.weights), None
-        if "people" not in m:
-            raise UserError(f"{cfg.weights} is no model.safetensors of finetune_reid.py")
-        cfg.height, cfg.width, cfg.token, cfg.bnneck = (
-            int(m["height"]),
-            int(m["width_px"]),
-            m["token"],
-            m["bnneck"] == "True",
-        )
-        size, patch, pose_token, people = m["size"], int(m["patch_size"]), m["pose_token"] == "True", int(m["people"])
+    pose_token = cfg.pose_token if m else cfg.encoder is None or cfg.token in ("pose", "both")
     encoder, size, sentence = load_encoder(
-        path, (cfg.height, cfg.width), size, patch, pose_token, cfg.drop_path,
+        None if m else cfg.encoder, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token, cfg.drop_path,
         checkpoint_activations=cfg.checkpoint_activations,
     )  # fmt: skip
+    people = int(m["people"]) if m else people
     model = ReID(encoder, cfg.token, people, cfg.bnneck)
-    if cfg.weights:
+    if m:
         load_weights(model, load_checkpoint(cfg.weights), cfg.weights)
         sentence = f"model {cfg.weights}"
-    meta = dict(
-        size=size, width=encoder.width, depth=encoder.depth, heads=SIZES[size]["heads"], height=cfg.height,
-        width_px=cfg.width, patch_size=encoder.patch_size, pose_token=encoder.n_special == 2, token=cfg.token,
-        bnneck=cfg.bnneck, people=people,
-    )  # fmt: skip
+    meta = meta_of(encoder, size) | dict(token=cfg.token, bnneck=cfg.bnneck, people=people)
     return model, meta, sentence
 
 
@@ -231,21 +216,16 @@ def train(cfg, model, meta, optimizer, dataset, batches, test, first, total, log
     loader = DataLoader(
         dataset, batch_sampler=batches.run(first, total), num_workers=cfg.workers, pin_memory=device.type == "cuda"
     )
-    runner = model.train()
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        runner = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    runner = distributed(model.train(), device)
     warmup, figures = round(cfg.warmup_epochs * batches.steps_per_epoch), None
     for step, sample in enumerate(loader, first):
         lr = learning_rate(step, total, warmup, cfg.lr)
         set_learning_rate(optimizer, lr)
         images = normalize(sample["image"].to(device, non_blocking=True))
         label = sample["label"].to(device, non_blocking=True)
-        # Drop path is drawn for the global batch, so that the number of ranks changes nothing.
-        noise = torch.rand(batches.size, 2 * model.encoder.depth, generator=generator_of(cfg.seed, step))
-        noise = rank_rows(noise, rank, world).T.to(device, non_blocking=True) if cfg.drop_path else None
+        noise = rank_noise((cfg.seed, step), batches.size, 2 * model.encoder.depth, rank, world, device)
         with autocast(device, cfg.precision):
-            feature, logits = runner(images, noise)
+            feature, logits = runner(images, noise.T if cfg.drop_path else None)
         identity = F.cross_entropy(logits.float(), label)
         triplet = triplet_loss(feature, label)
         loss = 0.5 * identity + 0.5 * triplet  # L = ½ L_id + ½ L_tri  [MALE]
@@ -254,11 +234,12 @@ def train(cfg, model, meta, optimizer, dataset, batches, test, first, total, log
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        settle(figures, dataset, cfg, log, batches.size)  # the step before this one
+        settle(figures, log, dataset.name, batches.size, cfg.log_every, SHOWN)  # the step before this one
         right = (logits.detach().argmax(1) == label).float().mean()
-        figures = Figures(step, lr, (loss, identity, triplet, right, norm), logits, sample["index"])
+        values = dict(loss=loss, identity=identity, triplet=triplet, accuracy=right, grad_norm=norm)
+        figures = Figures(step, lr, values, sample["index"], ~logits.detach().float().sum(1).isfinite())
         if step + 1 == total or (step + 1) % cfg.save_every == 0:
-            settle(figures, dataset, cfg, log, batches.size)  # never save after a non-finite loss
+            settle(figures, log, dataset.name, batches.size, cfg.log_every, SHOWN)  # never save a broken model
             figures = None
             save(cfg, model, meta, optimizer, step + 1, rank)
         log.advance()
@@ -269,65 +250,13 @@ def train(cfg, model, meta, optimizer, dataset, batches, test, first, total, log
             model.train()
 
 
-class Figures:
-    """One step's figures of all ranks, on their way to the host while the device goes on."""
-
-    NAMES = ("loss", "identity", "triplet", "accuracy", "grad_norm")
-
-    def __init__(self, step, lr, values, logits, index):
-        self.step, self.lr, self.index = step, lr, index
-        own = torch.stack([value.detach().float() for value in values])
-        self.ranks = gather_rows_of(own[None]).to("cpu", non_blocking=True)
-        self.finite = logits.detach().float().sum(1).isfinite().to("cpu", non_blocking=True)
-        self.copied = torch.cuda.Event() if own.is_cuda else None
-        if self.copied:
-            self.copied.record()
-
-
-def settle(figures, dataset, cfg, log, batch):
-    """Check a step's figures and log them. A non-finite loss stops all ranks; the last checkpoint stays."""
-    if figures is None:
-        return
-    if figures.copied:
-        figures.copied.synchronize()
-    finite = figures.ranks.isfinite().all(1)
-    if not finite.all():
-        ranks = (~finite).nonzero().flatten().tolist()
-        bad = (~figures.finite).nonzero().flatten().tolist() or range(len(figures.index))
-        names = [dataset.name(int(figures.index[i])) for i in bad]
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        raise UserError(
-            f"non-finite loss or gradient at step {figures.step} on rank(s) {ranks}; this rank's pictures: "
-            f"{', '.join(names[:8])}{more}; the last checkpoint stays; lower lr or look at these pictures"
-        )
-    if figures.step % cfg.log_every == 0:
-        row = dict(zip(Figures.NAMES, figures.ranks.mean(0).tolist()))
-        row["pictures_per_s"] = log.rate(figures.step + 1, batch)
-        shown = ("loss", "identity", "triplet", "accuracy", "pictures_per_s")
-        log.write(step=figures.step + 1, lr=figures.lr, **row, shown=shown)
-
-
 def save(cfg, model, meta, optimizer, step, rank):
     """last.pt to resume, and weights only: encoder.safetensors, and model.safetensors for eval_only and predict."""
     if rank == 0:
         out = Path(cfg.out)
         save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
-        shape = {name: value for name, value in meta.items() if name not in ("token", "bnneck", "people")}
-        save_encoder(out / "encoder.safetensors", model.encoder, **shape)
+        save_encoder(out / "encoder.safetensors", model.encoder, **meta_of(model.encoder, meta["size"]))
         save_encoder(out / "model.safetensors", model, **meta)
-
-
-def resume(cfg, model, optimizer):
-    """Load last.pt into model and optimiser. → steps done (0 if the run was killed before its first checkpoint)."""
-    path = Path(cfg.out) / "last.pt"
-    if not path.exists():
-        return 0
-    state = load_checkpoint(path)
-    if not {"model", "optimizer", "step"} <= set(state):
-        raise UserError(f"{path} is not a checkpoint of finetune_reid.py; delete it to start this run anew")
-    load_weights(model, state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation
@@ -337,13 +266,12 @@ def resume(cfg, model, optimizer):
 def embed(cfg, model, data, rank, world, device):
     """Pictures → (N, D) float32 of length 1, on every rank. Each rank takes its part; no picture is taken twice."""
     model.eval()
-    rows = np.array_split(np.arange(len(data.files)), world)[rank]
-    dataset = reid.TestPictures(data, (cfg.height, cfg.width), rows)
-    parts = [np.empty((0, model.classifier.in_features), np.float32)]
+    dataset = reid.TestPictures(data, (cfg.height, cfg.width), rank_share(len(data.files), rank, world))
+    parts = []
     for images in DataLoader(dataset, batch_size=cfg.eval_batch, num_workers=cfg.workers):
         with autocast(device, cfg.precision):
             parts.append(model.embed(normalize(images.to(device))).cpu().numpy())
-    return np.concatenate(gather_rows([np.concatenate(parts)], world))
+    return np.concatenate(gather_rows(parts, world))
 
 
 def evaluate(cfg, model, query, gallery, rank, world, device):
@@ -375,8 +303,7 @@ def write_result(cfg, result, query, gallery, log, step):
     """metrics.json, a last line in log.jsonl, ranked_lists.png, and the line people look at."""
     flat, Q = figures_of(result), len(query.ids)
     full = {"queries": Q, "queries_without_match": result["unmatched"], "gallery": len(gallery.ids)} | flat
-    text = json.dumps(full, indent=1) + "\n"
-    write_atomic(Path(cfg.out) / "metrics.json", lambda part: part.write_text(text))
+    write_json(Path(cfg.out) / "metrics.json", full)
     log.write(step=step, epoch=0 if cfg.eval_only else cfg.epochs, **flat)
     draw(cfg, result, query, gallery)
     left_out = f", {result['unmatched']} of {Q} queries without a match left out" if result["unmatched"] else ""

@@ -21,38 +21,50 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import pictures
-from captions import Bert, Words, pad_tokens, read_captions
+from captions import (
+    Bert,
+    Gallery,
+    Pairs,
+    Words,
+    pad_tokens,
+    ranking_loss,
+    read_captions,
+    retrieval_metrics,
+)
 from common import (
+    Figures,
     Key,
     Log,
     UserError,
     autocast,
     barrier,
+    check_job,
+    distributed,
     gather_rows,
-    generator_of,
     learning_rate,
     load_checkpoint,
     load_weights,
     open_run,
-    rank_rows,
+    rank_noise,
+    rank_share,
     read_config,
+    resume,
     run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
     set_learning_rate,
+    settle,
     start_ranks,
-    write_atomic,
+    write_json,
 )
 from data import EpochBatches, load_picture, normalize
-from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
-from model import SIZES, TOKENS, encoder_meta, load_encoder, token_features
-from reid import evaluate_features, picture_names
+from losses import no_autocast
+from model import SIZES, TOKENS, feature_width, load_encoder, meta_of, token_features, use_meta
+from reid import picture_names
 
 KEYS = dict(
     out=Key("runs/t2i", "run folder"),
@@ -90,112 +102,63 @@ KEYS = dict(
     predict=Key(None, "only search: a folder of pictures, best first for sentence= → ranking.json, ranking.png"),
     sentence=Key(None, "what to look for, with predict="),
     # machine
-    precision=Key("fp32", "fp32, or bf16 autocast (the text branch stays fp32)", choices=("fp32", "bf16")),
+    precision=Key("auto", "fp32; bf16 autocast; auto: bf16 where hardware has it", choices=("auto", "fp32", "bf16")),
     checkpoint_activations=Key(False, "recompute activations: less memory, more time", free=True),
     device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
     workers=Key(2, "loader processes per rank", low=0, free=True),
     save_every=Key(500, "steps between checkpoints", low=1, free=True),
     log_every=Key(10, "steps between log lines", low=1, free=True),
 )  # fmt: skip
+SHOWN = ("loss", "identity", "rank_loss")  # beside the progress bar
 WORD_WIDTH = 300  # paper silent (HAP uses BERT): usual width of word vectors
 
 
 def main():
     cfg = read_config(KEYS, __doc__)
     rank, world, device = start_ranks(cfg.device)
-    check(cfg, world)
+    check(cfg)
     if cfg.predict:
         return predict(cfg, rank, world, device)
     splits = read_captions(cfg.captions, cfg.images)
     for name in {"train", cfg.evaluate_on} if not cfg.eval_only else {cfg.evaluate_on}:
         if splits[name] is None:
             raise UserError(f"{cfg.captions} has no {name} split")
-    pairs = splits["train"] and len(splits["train"].texts)
-    if not cfg.eval_only and pairs < cfg.batch:
-        raise UserError(f"batch={cfg.batch} is larger than the {pairs} training captions; lower it")
+    total, step = 0, 0
+    if not cfg.eval_only:
+        batches = EpochBatches(len(splits["train"].texts), cfg.batch, cfg.seed, rank, world)
+        total = cfg.epochs * batches.steps_per_epoch
     seed_all(cfg.seed)  # initial weights
     model, text, meta, sentence = build_model(cfg, splits["train"], device)
-    state = open_run(cfg, KEYS, rank)
-    if state == "finished":
+    if open_run(cfg, KEYS, rank) == "finished":
         print(f"{cfg.out} is finished already: see {cfg.out}/metrics.json") if rank == 0 else None
         return
     model.to(device)
-    total = 0 if cfg.eval_only else cfg.epochs * (pairs // cfg.batch)
-    # lr_scale is relative to lr, so that one schedule moves both
-    head = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
-    encoder = {"params": model.encoder.parameters(), "lr_scale": cfg.lr_encoder / cfg.lr}
-    optimizer = torch.optim.Adam([encoder, {"params": head}], lr=0.0)
-    step = resume(cfg, model, optimizer) if total and state == "resume" else 0
+    if total:
+        # lr_scale is relative to lr, so that one schedule moves both
+        head = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+        encoder = {"params": model.encoder.parameters(), "lr_scale": cfg.lr_encoder / cfg.lr}
+        optimizer = torch.optim.Adam([encoder, {"params": head}], lr=0.0, fused=True)
+        step = resume(Path(cfg.out) / "last.pt", model, optimizer)["step"]
     log = Log(cfg.out, total, step, rank, "text to image")
     counts = ", ".join(f"{len(s.texts)} captions of {len(s.files)} in {n}" for n, s in splits.items() if s)
     log.say(f"{counts}; {sentence}; {total} steps of {cfg.batch}")
     if total:
-        train(cfg, model, text, optimizer, splits["train"], step, total, log, rank, world, device)
+        train(cfg, model, text, optimizer, splits["train"], batches, step, total, log, rank, world, device)
         if rank == 0:
             save_encoder(Path(cfg.out) / "model.safetensors", model, **meta)
-            save_encoder(Path(cfg.out) / "encoder.safetensors", model.encoder, **meta)
+            save_encoder(Path(cfg.out) / "encoder.safetensors", model.encoder, **meta_of(model.encoder, meta["size"]))
     finish(cfg, model, text, splits[cfg.evaluate_on], log, total, rank, world, device)
     log.close()
     barrier()
 
 
-def check(cfg, world):
+def check(cfg):
     """Settings that are valid one by one but not together."""
-    if cfg.batch % world:
-        raise UserError(f"batch={cfg.batch} does not split over {world} ranks; make it a multiple of {world}")
-    if cfg.eval_only and cfg.predict:
-        raise UserError("eval_only and predict are two jobs; give one")
-    if bool(cfg.eval_only or cfg.predict) != bool(cfg.weights):
-        raise UserError(
-            "weights= (a finished run's model.safetensors) and eval_only=true or predict=FOLDER need each other; "
-            "to start a fine-tuning from an encoder use encoder="
-        )
+    check_job(cfg)
     if bool(cfg.predict) != bool(cfg.sentence and cfg.sentence.strip()):
         raise UserError('predict=FOLDER and sentence="what to look for" need each other')
     if not cfg.predict and not cfg.captions:
         raise UserError("captions= names no file; give the JSON of CUHK-PEDES, ICFG-PEDES or RSTPReid")
-
-
-# ------------------------------------------------------------------------------------------------------------ data
-
-
-class Pairs(Dataset):
-    """Item (epoch, caption index) → picture uint8 (3, H, W), token ids, person, index: f(seed, …)."""
-
-    def __init__(self, split, text, cfg):
-        self.split, self.tokens = split, [text.tokens(t, cfg.max_tokens) for t in split.texts]
-        self.size, self.flip, self.seed = (cfg.height, cfg.width), cfg.flip, cfg.seed
-
-    def __getitem__(self, item):
-        epoch, index = item
-        seed_all(self.seed, epoch, index)
-        row = int(self.split.picture[index])
-        picture = picture_of(self.split.files[row], self.size, torch.rand(()) < self.flip)
-        return picture, self.tokens[index], int(self.split.ids[row]), index
-
-    @staticmethod
-    def collate(items):
-        images, tokens, persons, index = zip(*items)
-        return (torch.stack(images), *pad_tokens(tokens), torch.tensor(persons), list(index))
-
-
-class Gallery(Dataset):
-    """Item row → picture uint8 (3, H, W)."""
-
-    def __init__(self, files, size):
-        self.files, self.size = files, size
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, row):
-        return picture_of(self.files[row], self.size)
-
-
-def picture_of(file, size, mirror=False):
-    picture = load_picture("", file).resize(size[::-1], Image.Resampling.BICUBIC)
-    picture = ImageOps.mirror(picture) if mirror else picture
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------------- model
@@ -210,7 +173,7 @@ class TextToImage(nn.Module):
     def __init__(self, encoder, token, project, persons, words=None, width=WORD_WIDTH):
         super().__init__()
         self.encoder, self.token = encoder, token
-        D = encoder.width * (2 if token == "both" else 1)
+        D = feature_width(encoder, token)
         self.embedding = nn.Embedding(words, width, padding_idx=0) if words else None
         self.lstm = nn.LSTM(width, D // 2, batch_first=True, bidirectional=True)  # two halves make D
         self.projection = nn.Linear(D, project)  # shared by both branches [HAP]
@@ -237,21 +200,12 @@ class TextToImage(nn.Module):
 
 def build_model(cfg, train_split, device):
     """→ (model, text side, what the file says of it, a sentence). With weights=, all settings come from that file."""
-    m = {}
-    if cfg.weights:
-        m = encoder_meta(cfg.weights)
-        if "vocabulary" not in m:
-            raise UserError(f"{cfg.weights} is no model.safetensors of finetune_t2i.py")
-        cfg.height, cfg.width, cfg.project = int(m["height"]), int(m["width_px"]), int(m["project"])
-        cfg.size, cfg.patch, cfg.token = m["size"], int(m["patch_size"]), m["token"]
-        cfg.text, cfg.max_tokens = m["text"], int(m["max_tokens"])
-    pose_token = m.get("pose_token", "True") == "True"
+    m = use_meta(cfg, "finetune_t2i.py", "vocabulary", "token", "project", "text", "max_tokens")
+    start, pose_token = (None, cfg.pose_token) if m else (cfg.encoder, True)
     encoder, size, sentence = load_encoder(
-        None if m else cfg.encoder, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token,
+        start, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token,
         checkpoint_activations=cfg.checkpoint_activations,
     )  # fmt: skip
-    if cfg.token in ("pose", "both") and encoder.n_special < 2:
-        raise UserError(f"token={cfg.token} needs an encoder with [POSE]; use token=patch_max or cls")
     if cfg.text == "bert":
         text = Bert(cfg.bert, device)
         if m and text.width != int(m["bert_width"]):
@@ -265,69 +219,35 @@ def build_model(cfg, train_split, device):
     model = TextToImage(encoder, cfg.token, cfg.project, persons, words, text.width or WORD_WIDTH)
     if m:
         load_weights(model, load_checkpoint(cfg.weights), cfg.weights)
-    meta = dict(
-        size=size, width=encoder.width, depth=encoder.depth, heads=SIZES[size]["heads"], height=cfg.height,
-        width_px=cfg.width, patch_size=encoder.patch_size, pose_token=encoder.n_special == 2, token=cfg.token,
-        project=cfg.project, persons=persons, text=cfg.text, max_tokens=cfg.max_tokens, bert_width=text.width or 0,
-        vocabulary=json.dumps(text.words if words else []),
+    meta = meta_of(encoder, size) | dict(
+        token=cfg.token, project=cfg.project, persons=persons, text=cfg.text, max_tokens=cfg.max_tokens,
+        bert_width=text.width or 0, vocabulary=json.dumps(text.words if words else []),
     )  # fmt: skip
     about = f"{words} words" if words else f"frozen {cfg.bert}"
     return model, text, meta, f"{f'model {cfg.weights}' if m else sentence}; text: {about}"
 
 
-# ---------------------------------------------------------------------------------------------------------- losses
-
-
-def ranking_loss(v, t, person, noise, margin=0.2):
-    """L_rank: each picture against one random semi-hard text, and each text against one random semi-hard picture [HAP].
-
-    v, t (B, E) features (normalised here), row i of both one pair; person (B,) int64; noise (2, B, M) uniform numbers,
-    this rank's rows of the draw for the global batch. Columns are the pairs of all ranks, with gradient.
-    Semi-hard for anchor i: another person's j, less alike than the own partner, but within the margin:
-    s_ii − margin < s_ij < s_ii. Anchors without one count 0.
-    → (scalar: this rank's share of the mean over all anchors, share of anchors with a negative).
-    """
-    with no_autocast(v):
-        v, t = (F.normalize(x, dim=1) for x in full_precision(v, t))
-        other = person[:, None] != gather_rows_of(person)  # (B, M)
-        own = (v * t).sum(1, keepdim=True)  # s_ii (B, 1)
-        loss, found = 0.0, 0.0
-        for similarity, u in ((v @ gather_with_gradient(t).T, noise[0]), (t @ gather_with_gradient(v).T, noise[1])):
-            excess = similarity - own + margin  # (B, M)
-            semi_hard = other & (excess > 0) & (similarity < own)
-            pick = u.masked_fill(~semi_hard, -1.0).argmax(1, keepdim=True)  # one of them, each equally likely
-            has = semi_hard.gather(1, pick)
-            # L_rank = 1/M Σ_i [ [margin − s(v_i, t_i) + s(v_i, t_j)]_+ + [margin − s(t_i, v_i) + s(t_i, v_k)]_+ ]
-            loss = loss + (excess.gather(1, pick) * has).mean()
-            found = found + has.float().mean() / 2
-        return loss, found
-
-
 # -------------------------------------------------------------------------------------------------------- training
 
 
-def train(cfg, model, text, optimizer, split, first, total, log, rank, world, device):
-    """The loop. A step's figures are read while the next step runs."""
-    per_epoch, dataset = len(split.texts) // cfg.batch, Pairs(split, text, cfg)
+def train(cfg, model, text, optimizer, split, batches, first, total, log, rank, world, device):
+    """The loop. Nothing in a step waits for the device: its figures are read while the next step runs."""
+    dataset = Pairs(split, text, cfg)
     loader = DataLoader(
-        dataset, batch_sampler=EpochBatches(len(split.texts), cfg.batch, cfg.seed, first, total, rank, world),
-        num_workers=cfg.workers, pin_memory=device.type == "cuda", collate_fn=Pairs.collate,
+        dataset, batch_sampler=batches.run(first, total), num_workers=cfg.workers, pin_memory=device.type == "cuda",
+        collate_fn=Pairs.collate,
     )  # fmt: skip
-    runner, figures = model.train(), None
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        runner = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
-    milestones = [m * per_epoch for m in cfg.milestones]
+    runner, figures = distributed(model.train(), device), None
+    warmup = round(cfg.warmup_epochs * batches.steps_per_epoch)
+    milestones = [m * batches.steps_per_epoch for m in cfg.milestones]
     for step, (images, tokens, lengths, person, index) in enumerate(loader, first):
-        lr = learning_rate(
-            step, total, round(cfg.warmup_epochs * per_epoch), cfg.lr, kind="step", milestones=milestones
-        )
+        lr = learning_rate(step, total, warmup, cfg.lr, kind="step", milestones=milestones)
         set_learning_rate(optimizer, lr)
         images = normalize(images.to(device, non_blocking=True))
         tokens, person = tokens.to(device, non_blocking=True), person.to(device, non_blocking=True)
-        # Which negative is taken is drawn for the global batch, so that the number of ranks changes nothing.
-        noise = torch.rand(cfg.batch, 2, cfg.batch, generator=generator_of(cfg.seed, step))
-        noise = rank_rows(noise, rank, world).transpose(0, 1).to(device, non_blocking=True)
+        # which negative is taken: (2, B, M)
+        noise = rank_noise((cfg.seed, step), cfg.batch, 2 * cfg.batch, rank, world, device)
+        noise = noise.unflatten(1, (2, cfg.batch)).transpose(0, 1)
         vectors = text.vectors(tokens, lengths)
         with autocast(device, cfg.precision):
             v, t, v_logits, t_logits = runner(images, vectors, lengths)
@@ -340,63 +260,16 @@ def train(cfg, model, text, optimizer, split, first, total, log, rank, world, de
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        settle(figures, dataset, cfg, log)  # the step before this one
-        figures = Figures(step, lr, (loss, identity, rank_loss, found, norm), v + t, index)
+        settle(figures, log, dataset.name, cfg.batch, cfg.log_every, SHOWN)  # the step before this one
+        values = dict(loss=loss, identity=identity, rank_loss=rank_loss, with_negative=found, grad_norm=norm)
+        figures = Figures(step, lr, values, index, ~(v + t).detach().float().sum(1).isfinite())
         if step + 1 == total or (step + 1) % cfg.save_every == 0:
-            settle(figures, dataset, cfg, log)  # never save after a non-finite loss
+            settle(figures, log, dataset.name, cfg.batch, cfg.log_every, SHOWN)  # never save a broken model
             figures = None
             if rank == 0:
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
                 save_checkpoint(Path(cfg.out) / "last.pt", **state)
         log.advance()
-
-
-class Figures:
-    """One step's figures of all ranks, on their way to the host while the device goes on."""
-
-    NAMES = ("loss", "identity", "rank_loss", "with_negative", "grad_norm")
-
-    def __init__(self, step, lr, values, features, index):
-        self.step, self.lr, self.index = step, lr, index
-        own = torch.stack([value.detach().float() for value in values])
-        self.ranks = gather_rows_of(own[None]).to("cpu", non_blocking=True)
-        self.finite = features.detach().float().sum(1).isfinite().to("cpu", non_blocking=True)
-        self.copied = torch.cuda.Event() if own.is_cuda else None
-        if self.copied:
-            self.copied.record()
-
-
-def settle(figures, dataset, cfg, log):
-    """Check a step's figures and log them. A non-finite loss stops all ranks; the last checkpoint stays."""
-    if figures is None:
-        return
-    if figures.copied:
-        figures.copied.synchronize()
-    finite = figures.ranks.isfinite().all(1)
-    if not finite.all():
-        bad = (~figures.finite).nonzero().flatten().tolist() or range(len(figures.index))
-        names = [dataset.split.files[dataset.split.picture[figures.index[i]]] for i in bad]
-        raise UserError(
-            f"non-finite loss or gradient at step {figures.step} on rank(s) {(~finite).nonzero().flatten().tolist()}; "
-            f"this rank's pictures: {', '.join(names[:8])}; the last checkpoint stays; lower lr and lr_encoder"
-        )
-    if figures.step % cfg.log_every == 0:
-        row = dict(zip(Figures.NAMES, figures.ranks.mean(0).tolist()))
-        row["pairs_per_s"] = log.rate(figures.step + 1, cfg.batch)
-        log.write(step=figures.step + 1, lr=figures.lr, **row, shown=("loss", "identity", "rank_loss", "pairs_per_s"))
-
-
-def resume(cfg, model, optimizer):
-    """Load last.pt. → steps done (0 if the run was killed before its first checkpoint)."""
-    path = Path(cfg.out) / "last.pt"
-    if not path.exists():
-        return 0
-    state = load_checkpoint(path)
-    if not {"model", "optimizer", "step"} <= set(state):
-        raise UserError(f"{path} is not a checkpoint of finetune_t2i.py; delete it to start this run anew")
-    load_weights(model, state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    return state["step"]
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
@@ -406,48 +279,26 @@ def resume(cfg, model, optimizer):
 def embed_pictures(cfg, model, files, rank, world, device):
     """(N, E) float32 of length 1 on every rank. Ranks take parts of the list; no picture is taken twice."""
     model.eval()
-    own = np.array_split(np.arange(len(files)), world)[rank]
-    parts = [np.empty((0, model.projection.out_features), np.float32)]
+    own, parts = rank_share(len(files), rank, world), []
     gallery = Gallery([files[i] for i in own], (cfg.height, cfg.width))
     for images in DataLoader(gallery, cfg.batch, num_workers=cfg.workers):
         with autocast(device, cfg.precision):
             v = model.image_features(normalize(images.to(device)))
         parts.append(F.normalize(v.float(), dim=1).cpu().numpy())
-    return np.concatenate(gather_rows([np.concatenate(parts)], world))
+    return np.concatenate(gather_rows(parts, world))
 
 
 @torch.no_grad()
 def embed_texts(cfg, model, text, sentences, rank, world, device):
     """(C, E) float32 of length 1 on every rank, shared like the pictures."""
     model.eval()
-    own = np.array_split(np.arange(len(sentences)), world)[rank]
-    parts = [np.empty((0, model.projection.out_features), np.float32)]
+    own, parts = rank_share(len(sentences), rank, world), []
     for begin in range(0, len(own), cfg.batch):
         rows = [text.tokens(sentences[i], cfg.max_tokens) for i in own[begin : begin + cfg.batch]]
         tokens, lengths = pad_tokens(rows)
         t = model.text_features(text.vectors(tokens.to(device), lengths), lengths)
         parts.append(F.normalize(t, dim=1).cpu().numpy())
-    return np.concatenate(gather_rows([np.concatenate(parts)], world))
-
-
-def retrieval_metrics(v, t, image_ids, text_ids):
-    """R@1, R@5, R@10 and mAP both ways; an answer is right if it is of the same person.
-
-    v (N, E), t (C, E) float32 of length 1; ids (N,), (C,) whole numbers. → dict of fractions `t2i_R1` … `i2t_mAP`, and
-    "ap" (C,), the average precision of each caption. ReID's ranking does the counting; there are no cameras here.
-    """
-    both = np.concatenate([image_ids, text_ids])
-    dense = np.unique(both, return_inverse=True)[1].reshape(-1) + 1  # ReID gives 0 and −1 a meaning of their own
-    image_ids, text_ids = dense[: len(image_ids)], dense[len(image_ids) :]
-    sides = {"t2i": (t, text_ids, v, image_ids), "i2t": (v, image_ids, t, text_ids)}
-    out = {}
-    for name, (query, query_ids, found, found_ids) in sides.items():
-        cameras = np.zeros(len(query_ids), int), np.ones(len(found_ids), int)
-        result = evaluate_features(query, query_ids, cameras[0], found, found_ids, cameras[1])
-        out |= {f"{name}_R{k}": float(result["cmc"][min(k, len(found)) - 1]) for k in (1, 5, 10)}
-        out[f"{name}_mAP"] = result["mAP"]
-        out.setdefault("ap", result["ap"])
-    return out
+    return np.concatenate(gather_rows(parts, world))
 
 
 def finish(cfg, model, text, split, log, step, rank, world, device):
@@ -460,16 +311,18 @@ def finish(cfg, model, text, split, log, step, rank, world, device):
     result = retrieval_metrics(v, t, split.ids, text_ids)
     ap = result.pop("ap")
     summary = {"split": cfg.evaluate_on, "pictures": len(v), "captions": len(t), "persons": split.persons} | result
-    write_atomic(out / "metrics.json", lambda part: part.write_text(json.dumps(summary, indent=1) + "\n"))
+    write_json(out / "metrics.json", summary)
     log.write(step=step, epoch=cfg.epochs if step else 0, **result)
     # the captions of best, median and worst average precision, two each
     order, rows, labels = np.argsort(-ap, kind="stable"), [], []
-    for place in sorted({p for p in (0, 1, len(ap) // 2 - 1, len(ap) // 2, len(ap) - 2, len(ap) - 1) if p >= 0}):
+    order = order[np.sort(np.unique(np.array(split.texts)[order], return_index=True)[1])]  # each sentence once
+    n = len(order)
+    for place in sorted({p for p in (0, 1, n // 2 - 1, n // 2, n - 2, n - 1) if p >= 0}):
         c = order[place]
         near = np.argsort(-(v @ t[c]), kind="stable")[:10]
         answers = [(load_picture("", split.files[i]), split.ids[i] == text_ids[c]) for i in near]
         rows.append((load_picture("", split.files[split.picture[c]]), answers))
-        labels.append(f"{split.texts[c]}\n(AP {ap[c]:.2f}, {place + 1} of {len(ap)})")
+        labels.append(f"{split.texts[c]}\n(AP {ap[c]:.2f}, {place + 1} of {n})")
     title = f"Best, median and worst captions: R@1 {result['t2i_R1']:.3f}, mAP {result['t2i_mAP']:.3f}"
     pictures.caption_sheet(rows, labels, out / "ranking.png", title)
     (out / "done").touch()
@@ -490,8 +343,7 @@ def predict(cfg, rank, world, device):
         out, score = Path(cfg.out), v @ t[0]
         order = np.argsort(-score, kind="stable")
         rows = [{"image": str(names[i]), "cosine": round(float(score[i]), 5)} for i in order]
-        document = {"sentence": cfg.sentence, "ranking": rows}
-        write_atomic(out / "ranking.json", lambda part: part.write_text(json.dumps(document, indent=1) + "\n"))
+        write_json(out / "ranking.json", {"sentence": cfg.sentence, "ranking": rows})
         answers = [(load_picture("", files[i]), None) for i in order[:10]]
         pictures.caption_sheet([(None, answers)], [cfg.sentence], out / "ranking.png", "Best pictures for a sentence")
         (out / "done").touch()

@@ -8,45 +8,45 @@ In:   COCO keypoint JSON (the pictures themselves are not needed) + captions JSO
       or, for the puppet alone, nothing: it samples poses.
 Out:  images/POSE_K.jpg one person each; annotations.json (COCO-17 keypoints, pose_id, caption, seed, sources, oks);
       sheet.png (row = pose, its drawn condition first); summary.json.
+      task people (puppet): people by several cameras in the other stages' official layouts; see people_set.py.
 
     python generate.py --cfg configs/generate_demo.yaml                          # puppet, on a laptop
     torchrun --nproc_per_node 8 generate.py --cfg configs/generate_coco_t2i.yaml  # the paper's GenCOCO
 
-Work is shared out in chunks of poses. A chunk counts once its record .parts/N.jsonl is written, after its pictures.
-So a killed run, started again with any number of ranks, does what is missing, and the set comes out the same.
+Work is shared out in chunks (chunks.py): a killed run, started again with any number of ranks, does what is missing,
+and the set comes out the same. Here: poses and prompts, the puppet's pictures, the set's own files.
+diffusion.py holds the diffusion half, people_set.py the set for the other tasks.
 
 Legend: K pictures per pose (joints are always COCO's 17) · H, W picture · unit: what shares one drawn condition,
-a whole source picture for diffusion, one pose for the puppet.
+a whole source picture for diffusion, one pose (task people: one person) for the puppet.
 """
 
-import contextlib
-import errno
-import io
 import json
-import os
 import re
 import shutil
 import time
-import warnings
 from collections import Counter
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import torch
 from PIL import Image
-from pycocotools.cocoeval import Params
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+import people_set
 import pictures
 import puppet
+from chunks import Chunks, encoded, person_row, picture_seed, put, read_records, record_path, recorded
 from common import Key, Log, UserError, open_run, read_config, run_stage, seed_of, start_ranks, write_atomic
 from data import COCO_JOINTS, read_people, to_coco17
+from diffusion import ADAPTERS, DRAW, MODELS, Auditor, Scene, load_painter, paint_chunk, painted_size
 
 KEYS = {
     "out": Key("runs/generate", "run folder"),
+    "task": Key(
+        "pretrain", "pretrain: pose-consistent pictures; people: one set for ReID, attributes, captions"
+    )._replace(choices=("pretrain", "people")),
     "backend": Key("puppet", "picture generator", "[paper] t2i_adapter", ("t2i_adapter", "controlnet", "puppet")),
     "annotations": Key(None, "COCO keypoint JSON with the poses; none: the puppet samples them", "[paper] COCO"),
     "captions": Key(
@@ -80,24 +80,22 @@ KEYS = {
     "height": Key(256, "puppet: picture height", "[HAP]", low=16),
     "width": Key(128, "puppet: picture width", "[HAP]", low=16),
     "parts": Key(False, "puppet: also write body-part maps, parts/*.png"),
+    "persons_train": Key(751, "people: training people", "[Market-1501]", low=2),
+    "persons_val": Key(100, "people: so many of them are attributes' and captions' validation split", low=0),
+    "persons_test": Key(750, "people: further people, in query and gallery", "[Market-1501]", low=1),
+    "cameras": Key(6, "people: cameras; everyone is seen by all", "[Market-1501]", low=2),
+    "pictures_per_camera": Key(3, "people: pictures of a person by a camera", "[Market-1501] on average", low=2),
     "picture_format": Key("jpg", "jpg or png", "ours", ("jpg", "png")),
     "quality": Key(95, "JPEG quality", low=1, high=100),
     "chunk": Key(32, "units per record: what a kill can cost, and what ranks and workers take at a time", low=1),
-    "sheet_rows": Key(10, "poses on the contact sheet", low=1),
+    "sheet_rows": Key(10, "poses, or people, on the contact sheet", low=1),
     "workers": Key(0, "puppet: rendering processes; 0: this one", low=0, free=True),
     "device": Key("auto", "auto, cpu or cuda", free=True),
-}
-MODELS = {"t2i_adapter": "CompVis/stable-diffusion-v1-4", "controlnet": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-ADAPTERS = {
-    ("t2i_adapter", "keypose"): "TencentARC/t2iadapter_keypose_sd14v1",
-    ("t2i_adapter", "openpose"): "TencentARC/t2iadapter_openpose_sd14v1",
-    ("controlnet", "openpose"): "lllyasviel/control_v11p_sd15_openpose",
 }
 LSP_JOINTS = (
     "right_ankle right_knee right_hip left_hip left_knee left_ankle right_wrist right_elbow right_shoulder "
     "left_shoulder left_elbow left_wrist neck head_top"
 ).split()
-DRAW = {"keypose": pictures.draw_keypose, "openpose": pictures.draw_openpose}
 SKELETON = (  # COCO's own, 1-based as in its files
     "16-14 14-12 17-15 15-13 12-13 6-12 7-13 6-7 6-8 7-9 8-10 9-11 2-3 1-2 1-3 2-4 3-5 4-6 5-7"
 )
@@ -110,11 +108,13 @@ CATEGORY["skeleton"] = [[int(joint) for joint in link.split("-")] for link in SK
 
 def check_config(cfg):
     """What single keys cannot say. Fills in the `auto` and `none` values that depend on the backend."""
+    if cfg.backend == "puppet" and cfg.audit != "none":
+        raise UserError("audit needs backend t2i_adapter or controlnet: the puppet is drawn at its joints")
+    if cfg.task == "people":
+        return people_set.check(cfg)
     if cfg.backend == "puppet":
         if cfg.annotations is None and cfg.poses == 0:
             raise UserError("the puppet samples poses where annotations is none: say how many with poses=")
-        if cfg.audit != "none":
-            raise UserError("audit needs backend t2i_adapter or controlnet: the puppet is drawn at its joints")
         return
     if cfg.annotations is None:
         raise UserError(f"backend {cfg.backend} needs poses: annotations= (a COCO keypoint JSON)")
@@ -147,13 +147,6 @@ def read_poses(cfg):
     if len(np.unique(people.annotation_id)) < len(people.annotation_id):
         raise UserError(f"{cfg.annotations}: annotation ids repeat; they name the poses and must differ")
     return people, rows, +skipped
-
-
-def painted_size(size, resolution):
-    """Source (N, 2) w, h → generated (N, 2): about resolution² px, shape kept, sides multiples of 64 [T2I-Adapter]."""
-    size = np.asarray(size, np.float64)
-    scale = resolution / np.sqrt(size.prod(-1, keepdims=True))
-    return np.maximum(64, 64 * np.round(size * scale / 64)).astype(int)
 
 
 def read_prompts(cfg, image_ids):
@@ -193,211 +186,10 @@ def read_prompts(cfg, image_ids):
     return prompts
 
 
-# --------------------------------------------------------------------------------------------------------- diffusion
-
-
-def load_pretrained(name, key, load):
-    """`load(name, …)` from a folder, the hub's cache or the hub. One clear line where it is not to be had."""
-    import huggingface_hub
-
-    warnings.simplefilter("ignore")  # of libraries about each other
-    if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
-        try:
-            return load(name, local_files_only=True)
-        except Exception as error:  # diffusers, transformers and safetensors raise many kinds
-            raise UserError(f"{key}={name}: cannot load this folder: {' '.join(str(error).split())[:200]}") from None
-    with contextlib.suppress(OSError, ValueError):  # not in the cache, or only a part of it
-        return load(name, local_files_only=True)
-    get = f"download it once with `hf download {name}`, or give a local folder: {key}=FOLDER"
-    try:
-        huggingface_hub.HfApi().auth_check(name)  # quick and plain, where loading would try again for half a minute
-        return load(name)
-    except huggingface_hub.errors.GatedRepoError:
-        raise UserError(f"{key}={name} is gated: accept its licence at huggingface.co/{name}, then {get}") from None
-    except huggingface_hub.errors.RepositoryNotFoundError:
-        raise UserError(f"{key}={name} is neither a folder nor a model on the hub (or it is private); {get}") from None
-    except Exception as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{key}={name} is not on this machine and the hub gave none ({reason}); {get}") from None
-
-
-def load_painter(cfg, device):
-    """The diffusers pipeline with its adapter, as the config asks, on `device`."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.logging.set_verbosity_error()
-        library.logging.disable_progress_bar()
-    # Weights that come pickled, not as safetensors, are read with weights_only by diffusers and transformers.
-    if cfg.backend == "t2i_adapter":
-        extra = {"adapter": load_pretrained(cfg.adapter, "adapter", diffusers.T2IAdapter.from_pretrained)}
-        load = partial(diffusers.StableDiffusionAdapterPipeline.from_pretrained, **extra)
-    else:
-        extra = {"controlnet": load_pretrained(cfg.adapter, "adapter", diffusers.ControlNetModel.from_pretrained)}
-        load = partial(diffusers.StableDiffusionControlNetPipeline.from_pretrained, **extra)
-    pipe = load_pretrained(cfg.model, "model", load)
-    scheduler = {
-        "ddim": diffusers.DDIMScheduler,
-        "dpm++": diffusers.DPMSolverMultistepScheduler,
-        "euler": diffusers.EulerDiscreteScheduler,
-        "pndm": diffusers.PNDMScheduler,
-    }[cfg.scheduler]
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    torch.backends.cudnn.deterministic = True
-    precision = ("bf16" if device.type == "cuda" else "float32") if cfg.precision == "auto" else cfg.precision
-    return pipe.to(device, {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
-
-
-def paint(pipe, cfg, conditions, prompts, seeds, size):
-    """Three lists with an entry per picture, all of one size (W, H) → whole pictures; None where one was refused."""
-    strength = "adapter_conditioning_scale" if cfg.backend == "t2i_adapter" else "controlnet_conditioning_scale"
-    # One entry per picture. With num_images_per_prompt > 1 diffusers repeats the prompts AABB but the adapter's
-    # features ABAB, and poses get each other's prompts. CPU generators give the same noise on any device.
-    result = pipe(
-        prompt=prompts,
-        image=conditions,
-        negative_prompt=[cfg.negative_prompt] * len(prompts),
-        num_images_per_prompt=1,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        width=size[0],
-        height=size[1],
-        num_inference_steps=cfg.steps,
-        guidance_scale=cfg.guidance,
-        **{strength: cfg.adapter_weight},
-    )
-    flagged = result.nsfw_content_detected or [False] * len(prompts)
-    # Black: what the safety checker leaves behind, and what an overflow in fp16 ends as.
-    return [None if bad or not np.asarray(p).any() else p for p, bad in zip(result.images, flagged)]
-
-
-class Auditor:
-    """A pose estimator (transformers' ViTPose) looks for the joints of generated people."""
-
-    def __init__(self, cfg, device):
-        import transformers
-
-        name, self.device = cfg.audit_model, device
-        model = load_pretrained(name, "audit_model", transformers.VitPoseForPoseEstimation.from_pretrained)
-        self.model = model.to(device).eval()
-        self.processor = load_pretrained(name, "audit_model", transformers.AutoImageProcessor.from_pretrained)
-        if self.model.config.num_labels != 17:
-            raise UserError(f"audit_model={name} has {self.model.config.num_labels} joints; COCO's 17 are needed")
-
-    @torch.inference_mode()
-    def measure(self, picture, boxes):
-        """boxes (n, 4) x y w h px of `picture` → joints (n, 17, 2) px."""
-        inputs = self.processor(picture, boxes=[boxes.tolist()], return_tensors="pt").to(self.device)
-        if self.model.config.backbone_config.num_experts > 1:  # ViTPose++: expert 0 is COCO's
-            inputs["dataset_index"] = torch.zeros(len(boxes), dtype=torch.long, device=self.device)
-        found = self.processor.post_process_pose_estimation(self.model(**inputs), boxes=[boxes])[0]
-        return np.stack([person["keypoints"].numpy() for person in found])
-
-
-def oks(measured, keypoints, areas):
-    """measured (n, 17, 2), keypoints (n, 17, 3), areas (n,) px² → agreement (n,) in [0, 1] over labelled joints."""
-    sigmas = Params(iouType="keypoints").kpt_oks_sigmas  # [COCO]
-    d2 = ((measured - keypoints[..., :2]) ** 2).sum(-1)
-    # [COCO]  OKS = mean over labelled joints of exp(−d² / (2 · area · (2σ)²))
-    agree = np.exp(-d2 / (2 * np.maximum(areas, 1.0)[:, None] * (2 * sigmas) ** 2))
-    seen = keypoints[..., 2] > 0
-    return (agree * seen).sum(-1) / np.maximum(seen.sum(-1), 1)
-
-
-class Scene:
-    """One source picture at the size it is painted: its condition with all people, and the wanted people's boxes."""
-
-    def __init__(self, cfg, people, everybody, rows, prompt):
-        """everybody: rows of `people` in this picture, all drawn; rows: those to crop."""
-        self.unit, self.prompt = int(people.image_id[rows[0]]), prompt
-        self.pose_ids = people.annotation_id[rows].tolist()
-        self.size = tuple(painted_size(people.size[rows[0]], cfg.resolution).tolist())
-        self.scale = np.array(self.size) / people.size[rows[0]]
-        self.condition = DRAW[cfg.condition](self.moved(people.keypoints[everybody]), self.size)
-        self.keypoints = self.moved(people.keypoints[rows])
-        self.boxes = people.boxes[rows] * np.tile(self.scale, 2)
-        self.areas = people.area[rows] * self.scale.prod()
-
-    def moved(self, keypoints):
-        """(n, 17, 3) px of the source picture → px of the painted one; pixel centres are at whole numbers."""
-        xy = (keypoints[..., :2] + 0.5) * self.scale - 0.5
-        return np.concatenate([xy, keypoints[..., 2:]], -1) * (keypoints[..., 2:] > 0)
-
-    def crop(self, picture, n):
-        """Person n cut out by his box [paper, Fig. 3], the joints following [inferred]. → (PIL picture, (17, 3))."""
-        low = np.floor(self.boxes[n, :2]).astype(int)
-        high = np.maximum(np.minimum(np.ceil(self.boxes[n, :2] + self.boxes[n, 2:]), self.size).astype(int), low + 1)
-        keypoints = self.keypoints[n] - [*low, 0]
-        inside = ((keypoints[:, :2] >= -0.5) & (keypoints[:, :2] < high - low - 0.5)).all(1)
-        keypoints *= (inside & (keypoints[:, 2] > 0))[:, None]  # a joint that the box cuts off is missing in the crop
-        return picture.crop((*low.tolist(), *high.tolist())), keypoints
-
-
-def paint_chunk(cfg, scenes, pipe, auditor):
-    """K pictures of each scene, its people cropped. → ([(picture or None, row)], pictures painted again)."""
-    filled, seen, retried = {}, set(), 0  # filled: (pose, k) → (picture, row)
-    for attempt in range(cfg.retries + 1):
-        todo = [
-            (scene, k)
-            for scene in scenes
-            for k in range(cfg.pictures_per_pose)
-            if any((pose, k) not in filled for pose in scene.pose_ids)
-        ]
-        retried += len(todo) if attempt else 0
-        todo.sort(key=lambda job: job[0].size)  # stable: what shares a batch does not depend on ranks or kills
-        for size, jobs in ((size, list(same)) for size, same in groupby(todo, key=lambda job: job[0].size)):
-            for batch in (jobs[i : i + cfg.batch] for i in range(0, len(jobs), cfg.batch)):
-                seeds = [picture_seed(cfg.seed, scene.unit, k, attempt) for scene, k in batch]
-                conditions, prompts = [scene.condition for scene, _ in batch], [scene.prompt for scene, _ in batch]
-                for (scene, k), seed, picture in zip(batch, seeds, paint(pipe, cfg, conditions, prompts, seeds, size)):
-                    if picture is not None:
-                        seen.update(scene.pose_ids)
-                        take_people(cfg, scene, k, seed, picture, auditor, filled)
-    rows = []
-    for pose in (pose for scene in scenes for pose in scene.pose_ids):
-        mine = [filled[pose, k] for k in range(cfg.pictures_per_pose) if (pose, k) in filled]
-        reason = "refused by the audit" if auditor and pose in seen else "black or refused by the safety checker"
-        rows += mine if len(mine) == cfg.pictures_per_pose else [(None, {"pose_id": pose, "skipped": reason})]
-    return rows, retried
-
-
-def picture_seed(seed, unit, k, attempt=0):
-    """Noise seed of picture k of a unit: a function of (seed, unit, k); a refused picture moves on to the next."""
-    return seed_of(seed, unit, k, *([attempt] if attempt else []))
-
-
-def take_people(cfg, scene, k, seed, picture, auditor, filled):
-    """Crop the people of one painted picture into filled[pose, k], where the audit (if any) agrees."""
-    if auditor:
-        agreement = oks(auditor.measure(picture, scene.boxes), scene.keypoints, scene.areas)
-    for n, pose in enumerate(scene.pose_ids):
-        if (pose, k) in filled or (auditor and agreement[n] < cfg.audit_threshold):
-            continue
-        crop, keypoints = scene.crop(picture, n)
-        row = person_row(pose, k, keypoints, [0, 0, *crop.size], float(scene.areas[n]), scene.prompt, seed)
-        row |= {"source_image_id": scene.unit, "source_annotation_id": pose}
-        row |= {"oks": round(float(agreement[n]), 4)} if auditor else {}
-        filled[pose, k] = crop, row
-
-
 # ------------------------------------------------------------------------------------------------------------ puppet
 
 
-class PuppetChunks(Dataset):
-    """Chunk number → rendered, written and recorded; runs in this process or in a DataLoader's workers."""
-
-    def __init__(self, cfg, people, units):
-        self.cfg, self.people, self.units, self.parent = cfg, people, units, os.getpid()
-
-    def __getitem__(self, number):
-        if os.getpid() != self.parent != os.getppid():
-            os._exit(1)  # the main process was killed: whoever restarts it does this chunk
-        units = self.units[number * self.cfg.chunk : (number + 1) * self.cfg.chunk]
-        return write_chunk(self.cfg, number, *render_chunk(self.cfg, self.people, units))
-
-
-def render_chunk(cfg, people, units):
+def draw_chunk(cfg, people, units):
     """units: pose numbers, or rows of `people`. → ([(picture or None, row)], 0), K pictures per pose."""
     size, rows = (cfg.height, cfg.width), []
     if people is None:
@@ -417,7 +209,7 @@ def render_chunk(cfg, people, units):
             continue
         for k, (person, seed) in enumerate(zip(identities.people, seeds)):
             caption, box = puppet.sentence(person, np.random.default_rng(seed)), made["boxes"][k].tolist()
-            row = person_row(pose, k, made["keypoints"][k], box, box[2] * box[3], caption, seed)
+            row = person_row(cfg, pose, k, made["keypoints"][k], box, box[2] * box[3], caption, seed)
             row["attributes"] = puppet.attributes(person)
             row["joints3d"] = [[round(v, 4) for v in xyz] for xyz in made["joints3d"][k].tolist()]  # camera frame, m
             if people is not None:
@@ -428,60 +220,7 @@ def render_chunk(cfg, people, units):
     return rows, 0
 
 
-# ------------------------------------------------------------------------------------------ chunks, records, the set
-
-
-def person_row(pose, k, keypoints, box, area, caption, seed):
-    """The annotation of one picture, all but its running numbers. keypoints (17, 3) and box (x y w h) in its pixels."""
-    keypoints = np.asarray(keypoints, float).tolist()
-    keypoints = [[round(x, 2), round(y, 2), int(v)] if v > 0 else [0, 0, 0] for x, y, v in keypoints]
-    row = dict(keypoints=sum(keypoints, []), num_keypoints=sum(v > 0 for *_, v in keypoints), bbox=box)
-    return row | dict(area=round(area, 2), iscrowd=0, pose_id=pose, k=k, caption=caption, seed=seed)
-
-
-def encoded(picture, kind, quality=95):
-    buffer = io.BytesIO()
-    picture.save(buffer, format={"jpg": "JPEG", "png": "PNG"}[kind], quality=quality)  # PNG heeds no quality
-    return buffer.getvalue()
-
-
-def put(path, data):
-    """Write a file in one step. The temporary name is this process's own: a worker of a killed run may still write."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        # A DataLoader's worker hands on an error's text, not its number.
-        raise UserError(f"disk full while writing {path}: free space, then run the same command") from None
-
-
-def record_path(cfg, number):
-    return Path(cfg.out) / ".parts" / f"{number:07d}.jsonl"
-
-
-def write_chunk(cfg, number, rows, retried):
-    """Pictures first, the record last: without its record a chunk was never made. → pictures written."""
-    lines = [{"retried": retried}]
-    for picture, row in rows:
-        if picture is not None:
-            row["file_name"] = f"{row['pose_id']}_{row['k']}.{cfg.picture_format}"
-            row["size"] = picture.size
-            put(Path(cfg.out) / "images" / row["file_name"], encoded(picture, cfg.picture_format, cfg.quality))
-        lines.append(row)
-    put(record_path(cfg, number), "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return sum(picture is not None for picture, _ in rows)
-
-
-def read_records(cfg, count):
-    """All lines of all chunks, in order."""
-    for number in range(count):
-        with open(record_path(cfg, number), encoding="utf-8") as file:
-            yield from map(json.loads, file)
+# -------------------------------------------------------------------------------------------------- the set's own files
 
 
 def write_annotations(cfg, count):
@@ -555,36 +294,19 @@ def main():
         return
 
     # Everything that can be wrong with the input is found before the run folder is made.
-    people, left_out = None, {}
-    units = range(cfg.first_pose, cfg.first_pose + cfg.poses)
-    if cfg.annotations is not None:
-        people, units, left_out = read_poses(cfg)
-    if cfg.backend != "puppet":
-        wanted = group_rows(people.image_id, units)
-        everybody = group_rows(people.image_id, range(len(people.image_id)))
-        prompts = read_prompts(cfg, list(wanted))
-        pipe, auditor = load_painter(cfg, device), Auditor(cfg, device) if cfg.audit == "vitpose" else None
-        units = list(wanted)
+    units, make, left_out = plan(cfg, device)
     open_run(asked, KEYS, rank)
-    for folder in (out / ".parts", out / "images", *([out / "parts"] if cfg.parts else [])):
-        folder.mkdir(exist_ok=True)
+    folders = people_set.FOLDERS if cfg.task == "people" else ("images", *(["parts"] if cfg.parts else []))
+    for folder in (".parts", *folders):
+        (out / folder).mkdir(exist_ok=True)
 
     count = -(-len(units) // cfg.chunk)
     mine = [number for number in range(rank, count, world) if not record_path(cfg, number).exists()]
-    if cfg.backend == "puppet":
-        chunks = PuppetChunks(cfg, people, units)
-        made = DataLoader(chunks, batch_size=None, sampler=mine, num_workers=cfg.workers, collate_fn=int)
-    else:
-
-        def chunk(number):
-            these = units[number * cfg.chunk : (number + 1) * cfg.chunk]
-            scenes = [Scene(cfg, people, everybody[i], wanted[i], prompts[i]) for i in these]
-            return write_chunk(cfg, number, *paint_chunk(cfg, scenes, pipe, auditor))
-
-        made = map(chunk, mine)
+    chunks = Chunks(cfg, units, make, "images" if cfg.task == "pretrain" else "")
+    workers = cfg.workers if cfg.backend == "puppet" else 0
     start, before, pictures_made = time.perf_counter(), recorded(cfg), 0
     log = Log(out, count, before, rank, "generate")
-    for pictures_here in made:
+    for pictures_here in DataLoader(chunks, batch_size=None, sampler=mine, num_workers=workers, collate_fn=int):
         pictures_made += pictures_here
         if rank == 0:
             log.bar.update(recorded(cfg) - log.bar.n)
@@ -599,6 +321,30 @@ def main():
         finish(cfg, count, left_out, (count - before) / count, time.perf_counter() - start)
 
 
+def plan(cfg, device):
+    """→ (units of work, make(units) → ([(picture or None, row)], pictures painted again), Counter of people left out).
+
+    A unit is a person, a pose number, a row of `people`, or a source picture's id.
+    """
+    if cfg.task == "people":
+        return people_set.units(cfg), partial(people_set.draw_chunk, cfg), {}
+    people, units, left_out = None, range(cfg.first_pose, cfg.first_pose + cfg.poses), {}
+    if cfg.annotations is not None:
+        people, units, left_out = read_poses(cfg)
+    if cfg.backend == "puppet":
+        return units, partial(draw_chunk, cfg, people), left_out
+    wanted = group_rows(people.image_id, units)
+    everybody = group_rows(people.image_id, range(len(people.image_id)))
+    prompts = read_prompts(cfg, list(wanted))
+    pipe, auditor = load_painter(cfg, device), Auditor(cfg, device) if cfg.audit == "vitpose" else None
+
+    def make(image_ids):
+        scenes = [Scene(cfg, people, everybody[i], wanted[i], prompts[i]) for i in image_ids]
+        return paint_chunk(cfg, scenes, pipe, auditor)
+
+    return list(wanted), make, left_out
+
+
 def group_rows(image_ids, rows):
     """→ {image id: rows}, in order of first appearance."""
     groups = {}
@@ -607,26 +353,29 @@ def group_rows(image_ids, rows):
     return groups
 
 
-def recorded(cfg):
-    """Chunks done so far by all ranks."""
-    return sum(name.endswith(".jsonl") and name[0] != "." for name in os.listdir(Path(cfg.out) / ".parts"))
-
-
 def finish(cfg, count, left_out, share, seconds):
     """All chunks are recorded: the set's own files, then `done`, then the records may go."""
     out = Path(cfg.out)
-    counts, skipped, rows = write_annotations(cfg, count)
-    why = Counter(row["skipped"] for row in skipped) + Counter(left_out)
-    counts |= {"left_out": dict(why), "poses_skipped": skipped[:100]}
+    if cfg.task == "people":
+        counts = people_set.write_lists(cfg, count)
+        people_set.write_sheet(cfg, count)
+    else:
+        counts, skipped, rows = write_annotations(cfg, count)
+        why = Counter(row["skipped"] for row in skipped) + Counter(left_out)
+        counts |= {"left_out": dict(why), "poses_skipped": skipped[:100]}
+        write_sheet(cfg, rows)
     counts["pictures_per_second"] = round(share * counts["pictures"] / max(seconds, 1e-9), 2)
-    write_sheet(cfg, rows)
     write_atomic(out / "summary.json", lambda path: path.write_text(json.dumps(counts, indent=1) + "\n"))
     (out / "done").touch()
     shutil.rmtree(out / ".parts")
-    for stray in (out / "images").glob(".*.part"):  # half-written by a killed run
+    for stray in out.glob("*/.*.part"):  # half-written by a killed run
         stray.unlink()
-    print("{}: {pictures} pictures of {poses} poses, {pictures_per_second} pictures/s".format(out, **counts))
-    print("left out: " + (", ".join(f"{n} {reason}" for reason, n in why.items()) or "nobody"))
+    if cfg.task == "people":
+        print("{}: {pictures} pictures of {people} people, {pictures_per_second} pictures/s".format(out, **counts))
+        print("; ".join(f"{name} {counts[name]}" for name in (*people_set.FOLDERS, "distractors", "junk")))
+    else:
+        print("{}: {pictures} pictures of {poses} poses, {pictures_per_second} pictures/s".format(out, **counts))
+        print("left out: " + (", ".join(f"{n} {reason}" for reason, n in why.items()) or "nobody"))
     for name in ("painted_again", "oks"):
         if counts.get(name):
             print(f"{name.replace('_', ' ')}: {counts[name]}")

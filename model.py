@@ -608,6 +608,30 @@ def encoder_meta(path):
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
 
 
+def meta_of(encoder, size):
+    """What is written beside an encoder's weights: all that is needed to build it again."""
+    H, W = encoder.image_size
+    return dict(
+        size=size, width=encoder.width, depth=encoder.depth, heads=SIZES[size]["heads"], height=H, width_px=W,
+        patch_size=encoder.patch_size, pose_token=encoder.n_special == 2,
+    )  # fmt: skip
+
+
+def use_meta(cfg, stage, mark, *names):
+    """With weights=, the file of a finished run of `stage` decides about the model: its settings replace cfg's.
+
+    These are size, patch, pose_token, height, width and the stage's own `names`. mark: an entry only its files have.
+    → all that the file says, as text; {} without weights=. Raises UserError for any other file.
+    """
+    meta, written = encoder_meta(cfg.weights), {"patch": "patch_size", "width": "width_px"}
+    if cfg.weights and mark not in meta:
+        raise UserError(f"{cfg.weights} is no model.safetensors of {stage}")
+    for name in ("size", "patch", "pose_token", "height", "width", *names) if cfg.weights else ():
+        text, kind = meta[written.get(name, name)], type(getattr(cfg, name, True))
+        setattr(cfg, name, text == "True" if kind is bool else kind(text))
+    return meta
+
+
 def short_list(names):
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
 
@@ -620,8 +644,6 @@ def token_features(tokens, n_special, choice):
 
     cls, pose: that token; both: the two side by side; patch_mean, patch_max: over the patches, without special tokens.
     """
-    if choice in ("pose", "both") and n_special < 2:
-        raise UserError(f"token={choice} needs an encoder with [POSE]; use token=cls or patch_mean")
     if choice == "both":
         return tokens[:, :2].flatten(1)
     if choice == "patch_mean":
@@ -629,6 +651,13 @@ def token_features(tokens, n_special, choice):
     if choice == "patch_max":
         return tokens[:, n_special:].amax(1)
     return tokens[:, ("cls", "pose").index(choice)]
+
+
+def feature_width(encoder, choice):
+    """Width of token_features. Raises UserError for a choice that needs [POSE] where the encoder has none."""
+    if choice in ("pose", "both") and encoder.n_special < 2:
+        raise UserError(f"token={choice} needs an encoder with [POSE]; use token=cls or patch_mean")
+    return encoder.width * (2 if choice == "both" else 1)
 
 
 def layer_of(name, depth):

@@ -218,6 +218,31 @@ def oks_nms(poses, scores, areas, sigmas, threshold=0.9):
     return keep
 
 
+def without_duplicates(people, found, score, aspect, padding, threshold):
+    """Ids that OKS-NMS keeps of poses (N, K, 3), picture by picture. Area: that of the padded region [HRNet]."""
+    area, keep = regions(people.boxes, aspect, padding)[1].prod(1), []
+    for image in np.unique(people.image_id):
+        rows = np.flatnonzero(people.image_id == image)
+        xy = found[rows, :, :2].astype(np.float64)
+        keep.append(rows[oks_nms(xy, score[rows], area[rows], oks_sigmas(people.joints)[0], threshold)])
+    return np.concatenate(keep)
+
+
+def nearest_poses(truth, image_id, found, sigmas):
+    """Of each annotated person (truth: People) the most similar of the poses found (N, K, 3) in picture image_id (N,).
+
+    → (the poses (T, K, 3), their OKS (T,)); zeros where a picture has none.
+    """
+    best, similar = np.zeros_like(truth.keypoints), np.zeros(len(truth.files))
+    for i, image in enumerate(truth.image_id):
+        rows = np.flatnonzero(image_id == image)
+        if len(rows):
+            goal = np.broadcast_to(truth.keypoints[i], (len(rows), *truth.keypoints[i].shape))
+            near = oks(found[rows][..., :2], goal, np.full(len(rows), truth.area[i]), sigmas)
+            best[i], similar[i] = found[rows[near.argmax()]], near.max()
+    return best, similar
+
+
 def pose_score(box_score, joint_scores, floor=0.2):
     """Box score × mean of the joint scores above .2 (0 if there is none) [HRNet]. joint_scores (N, K)."""
     above = joint_scores > floor
@@ -279,3 +304,31 @@ def head_size(truth, joints):
     """(N,) px from head_top to upper_neck, NaN where one is missing: stands in for MPII's head box (ours)."""
     a, b = (truth[:, joints.index(name)] for name in ("head_top", "upper_neck"))
     return np.where((a[:, 2] > 0) & (b[:, 2] > 0), np.linalg.norm(a[:, :2] - b[:, :2], axis=1), np.nan)
+
+
+def pck_metrics(xy, truth, joints, heads=None):
+    """PCK@.2 of the torso and, for MPII's joints, PCKh@.5: xy (N, K, 2), truth (N, K, 3) px → (figures, full account).
+
+    heads: MPII's official (head size (N,) px, labelled (N, K)), or None: head size from the joints.
+    Figures whose reference no person has are left out.
+    """
+    xy, truth, flat, full = xy.astype(np.float64), truth.astype(np.float64), {}, {}
+
+    def per_joint(values):
+        return {name: None if np.isnan(v) else float(v) for name, v in zip(joints, values)}
+
+    torso = torso_size(truth, joints)
+    if np.isfinite(torso).any():
+        flat["PCK@.2"], each, left_out = pck(xy, truth, torso, 0.2)
+        full = {"PCK@.2": flat["PCK@.2"], "torso": "left shoulder to right hip, else the other diagonal"}
+        full |= {"people_without_torso": left_out, "PCK@.2_per_joint": per_joint(each)}
+    if {"head_top", "upper_neck"} <= set(joints):
+        head, source = head_size(truth, joints), "head_top to upper_neck (ours: no official .mat given)"
+        if heads:
+            head, source = heads[0], "0.6 × diagonal of the official head box"
+            truth[..., 2] = heads[1] * 2
+        counted = [j for j in range(len(joints)) if joints[j] not in ("pelvis", "thorax")]  # [MPII]
+        flat["PCKh@.5"], _, left_out = pck(xy[:, counted], truth[:, counted], head, 0.5)
+        full |= {"PCKh@.5": flat["PCKh@.5"], "head_size": source, "people_without_head": left_out}
+        full["PCKh@.5_per_joint"] = per_joint(pck(xy, truth, head, 0.5)[1])
+    return flat, full

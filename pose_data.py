@@ -165,6 +165,19 @@ def read_folder(folder, joints, skeleton, max_bad=0):
     return people, numbers | {entry[0]: entry for entry in entries}
 
 
+def pictures_of(document, people, left_out):
+    """{id, and file name: (file name, (w, h), id)} of a COCO document's pictures, for `read_boxes`; without left_out.
+
+    Sizes that the document lacks come from people of these pictures.
+    """
+    size, images = dict(zip(people.image_id.tolist(), people.size.tolist())), {}
+    for i in document["images"]:
+        if i["id"] not in left_out:
+            wh = (int(i["width"]), int(i["height"])) if "width" in i else size[i["id"]]
+            images[i["id"]] = images[i["file_name"]] = (i["file_name"], wh, i["id"])
+    return images
+
+
 def read_boxes(path, images, people, category_id=1):
     """Person detections as COCO publishes them: [{image_id, bbox, score, category_id}] → (People, score (N,)).
 
@@ -222,21 +235,21 @@ class PosePictures(Dataset):
     """
 
     def __init__(self, cfg, people, training):
-        self.people, self.starts = [people], [0, len(people.files)]  # as PoseBatches asks
+        self.people = people
         self.cfg, self.training, self.size = cfg, training, (cfg.height, cfg.width)
         self.aspect = cfg.width / cfg.height
         self.centre, self.extent = pose.regions(people.boxes, self.aspect, cfg.padding)
         self.lower = pose.lower_body(people.joints)
 
     def __len__(self):
-        return self.starts[1]
+        return len(self.people.files)
 
     def name(self, index):
-        return f"{self.people[0].folder}/{self.people[0].files[index].decode()}"
+        return f"{self.people.folder}/{self.people.files[index].decode()}"
 
     def __getitem__(self, item):
         epoch, index = item
-        people, keypoints = self.people[0], self.people[0].keypoints[index].copy()
+        people, keypoints = self.people, self.people.keypoints[index].copy()
         centre, extent, degrees, mirror = self.centre[index], self.extent[index], 0.0, False
         if self.training:
             centre, extent, degrees, mirror = self.augment(seed_key=(epoch, index), keypoints=keypoints)

@@ -15,7 +15,6 @@ Legend: B pictures on this rank · M all ranks · N patches · D width · K join
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import pictures
@@ -26,11 +25,11 @@ from common import (
     UserError,
     autocast,
     barrier,
-    generator_of,
+    distributed,
     learning_rate,
     open_run,
     parameter_groups,
-    rank_rows,
+    rank_noise,
     read_config,
     resume,
     run_stage,
@@ -43,7 +42,7 @@ from common import (
 )
 from data import PoseBatches, PretrainPictures, noise_size, normalize, part_guided_mask, random_mask, read_people
 from losses import contrastive_health
-from model import SIZES, Decoder, GenPoCCL, Projector, ViT, load_file_into
+from model import SIZES, Decoder, GenPoCCL, Projector, ViT, load_file_into, meta_of
 
 KEYS = dict(
     out=Key("runs/pretrain", "run folder"),
@@ -110,14 +109,12 @@ def main():
     seed_all(cfg.seed)  # initial weights
     model = build_model(cfg)
     total = cfg.epochs * batches.steps_per_epoch
-    state = open_run(cfg, KEYS, rank)
-    if state == "finished":
+    if open_run(cfg, KEYS, rank) == "finished":
         print(f"{cfg.out} is finished already") if rank == 0 else None
         return
     model.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=0.0, betas=(0.9, cfg.beta2), fused=True)
-    saved = resume(Path(cfg.out) / "last.pt", model, optimizer) if state == "resume" else None
-    step = saved["step"] if saved else 0
+    step = resume(Path(cfg.out) / "last.pt", model, optimizer)["step"]
     log = Log(cfg.out, total, step, rank, "pretrain")
     log.say(report + f", {total} steps of {cfg.batch}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
@@ -207,9 +204,7 @@ def draw_masks(cfg, keypoints, grid, step, rank, world):
     n = noise_size(grid) if cfg.mask == "part" else grid[0] * grid[1]
     masks = []
     for view in range(cfg.views):
-        generator = generator_of(cfg.seed, step, view, device=keypoints.device)
-        noise = torch.rand(len(keypoints) * world, n, generator=generator, device=keypoints.device)
-        noise = rank_rows(noise, rank, world)
+        noise = rank_noise((cfg.seed, step, view), len(keypoints) * world, n, rank, world, keypoints.device)
         if cfg.mask == "part":
             masks.append(part_guided_mask(keypoints, grid, cfg.mask_ratio, cfg.patch, noise=noise))
         else:
@@ -224,10 +219,7 @@ def train(cfg, model, optimizer, dataset, batches, first, total, log, rank, worl
     )
     if cfg.compile:
         model.compile()
-    runner = model
-    if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        runner = DistributedDataParallel(runner, device_ids=ids, gradient_as_bucket_view=True)
+    runner = distributed(model, device)
     grid, peak, figures = model.encoder.grid, cfg.blr * cfg.batch / 256, None
     warmup = round(cfg.warmup_epochs * batches.steps_per_epoch)
     for step, sample in enumerate(loader, first):
@@ -262,12 +254,9 @@ def train(cfg, model, optimizer, dataset, batches, first, total, log, rank, worl
 
 def save(cfg, model, optimizer, step, rank):
     if rank == 0:
-        out, e = Path(cfg.out), model.encoder
+        out = Path(cfg.out)
         save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
-        save_encoder(
-            out / "encoder.safetensors", e, size=cfg.size, width=e.width, depth=e.depth, heads=SIZES[cfg.size]["heads"],
-            height=cfg.height, width_px=cfg.width, patch_size=cfg.patch, pose_token=cfg.pose_token,
-        )  # fmt: skip
+        save_encoder(out / "encoder.safetensors", model.encoder, **meta_of(model.encoder, cfg.size))
 
 
 @torch.no_grad()

@@ -376,7 +376,8 @@ def reranked_chunks(query, gallery, k1=20, k2=6, weight=0.3):
     """k-reciprocal re-ranking [Zhong 2017], k1 20, k2 6, λ .3: → (first row, distance (rows, G)), piece by piece.
 
     The published code holds several (Q + G)² matrices (Market-1501: 2 GB each). Here neighbours are found by chunks and
-    the k-reciprocal vectors are sparse: about CHUNK_BYTES and some 2 kB per picture (MSMT17: under 2 GB in all).
+    the k-reciprocal vectors are sparse, so memory grows with Q + G (Market-1501's size, 768 wide: the whole process
+    peaked at 1.9 GB; MSMT17's size was not measured).
     """
     z = np.concatenate([query, gallery])
     N, Q = len(z), len(query)

@@ -4,15 +4,12 @@ averaged weights, training that learns, ranks, resume after a kill, prediction, 
 import csv
 import json
 import os
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, kill_after, run_script
 from PIL import Image
 from scipy.io import savemat
 from sklearn.metrics import balanced_accuracy_score, jaccard_score, precision_score, recall_score
@@ -23,7 +20,8 @@ from common import UserError, load_checkpoint
 from data import EpochBatches
 from finetune_par import attribute_metrics, weighted_bce
 
-TINY = ["size=tiny", "patch=8", "height=32", "width=16", "pad=2", "workers=0", "device=cpu", "log_every=1"]
+TINY = ["size=tiny", "patch=8", "height=32", "width=16", "pad=2", "log_every=1"]
+MACHINE = ["precision=fp32", "workers=0", "device=cpu"]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 
 
@@ -49,7 +47,7 @@ def people(tmp_path_factory):
 
 
 def args(people, out, *more, kinds=("train", "test")):
-    return [*(f"{k}={people[k]}" for k in kinds), f"out={out}", *TINY, *more]
+    return [*(f"{k}={people[k]}" for k in kinds), f"out={out}", *TINY, *MACHINE, *more]
 
 
 def run(monkeypatch, arguments):
@@ -239,7 +237,7 @@ def test_bad_annotation_is_one_clear_line(tmp_path, people):
 
 def test_average_is_the_stated_recursion():
     model = torch.nn.Linear(2, 1)
-    run_ = finetune_par.Run(model, config(), 1)
+    run_ = finetune_par.Run(model, config())
     expected = model.weight.detach().double().clone()
     for step in range(30):
         with torch.no_grad():
@@ -253,10 +251,15 @@ def test_average_is_the_stated_recursion():
 
 
 def test_epoch_batches_cover_an_epoch_and_ranks_share_them():
-    whole = [set(map(tuple, b)) for b in EpochBatches(11, 4, 3, 0, 4)]
-    halves = [[set(map(tuple, b)) for b in EpochBatches(11, 4, 3, 0, 4, rank, 2)] for rank in range(2)]
+    whole = [set(map(tuple, b)) for b in EpochBatches(11, 4, 3).run(0, 4)]
+    halves = [[set(map(tuple, b)) for b in EpochBatches(11, 4, 3, rank, 2).run(0, 4)] for rank in range(2)]
     assert [a | b for a, b in zip(*halves)] == whole and all(len(b) == 4 for b in whole)
-    assert not whole[0] & whole[1] and list(EpochBatches(11, 4, 3, 3, 4)) == list(EpochBatches(11, 4, 3, 0, 4))[3:]
+    assert not whole[0] & whole[1]
+    assert list(EpochBatches(11, 4, 3).run(3, 4)) == list(EpochBatches(11, 4, 3).run(0, 4))[3:]
+    with pytest.raises(UserError, match="batch=4 does not split over 3 ranks"):
+        EpochBatches(11, 4, 3, 0, 3)
+    with pytest.raises(UserError, match="larger than the 11 training samples"):
+        EpochBatches(11, 12, 3)
 
 
 def test_one_batch_is_overfitted():
@@ -294,7 +297,7 @@ def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, mo
     run(monkeypatch, args(people, tmp_path / "b", weights, "eval_only=true"))
     assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == got
     folder = os.path.splitext(people["test"])[0]
-    run(monkeypatch, [weights, f"predict={folder}", f"out={tmp_path / 'c'}", "workers=0", "device=cpu"])
+    run(monkeypatch, [weights, f"predict={folder}", f"out={tmp_path / 'c'}", *MACHINE])
     rows = list(csv.DictReader(open(tmp_path / "c" / "predictions.csv")))
     truth = {row["image"].split("/")[1]: row for row in csv.DictReader(open(people["test"]))}
     assert len(rows) == 7 and list(rows[0]) == ["image", "red", "dark", "always", "never"]
@@ -312,7 +315,7 @@ def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, mo
 
 def test_settings_that_do_not_fit_are_refused(people, tmp_path, monkeypatch):
     for more, message in (
-        (["batch=99"], "larger than the 24 pictures"),
+        (["batch=99"], "larger than the 24 training samples"),
         (["trainval=true", "select=val"], "not trained on"),
         (["eval_only=true"], "need each other"),
         (["weights=x.safetensors"], "encoder="),
@@ -323,29 +326,18 @@ def test_settings_that_do_not_fit_are_refused(people, tmp_path, monkeypatch):
         with pytest.raises(UserError, match=message):
             run(monkeypatch, args(people, tmp_path / "x", *more))
     assert not (tmp_path / "x").exists()
-    result = command([*args(people, tmp_path / "x"), "eopchs=3"])
+    result = run_script("finetune_par.py", *args(people, tmp_path / "x"), "eopchs=3")
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "epochs" in result.stderr
-
-
-def command(arguments, ranks=1, script=ROOT / "finetune_par.py", **options):
-    launch = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launch += [] if ranks == 1 else [f"--nproc_per_node={ranks}"]
-    return subprocess.run([*launch, script, *map(str, arguments)], capture_output=True, text=True, **options)
 
 
 def test_resume_after_a_kill_is_bitwise(people, tmp_path, monkeypatch):
     more = ("epochs=4", "batch=4", "save_every=1")
     run(monkeypatch, args(people, tmp_path / "whole", *more))
-    arguments = [sys.executable, ROOT / "finetune_par.py", *args(people, tmp_path / "cut", *more)]
-    process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 120
-    while not (tmp_path / "cut" / "last.pt").exists() and time.time() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = args(people, tmp_path / "cut", *more)
+    assert kill_after("finetune_par.py", *command, lines=4, log=tmp_path / "cut" / "log.jsonl")
     assert not (tmp_path / "cut" / "done").exists()
     assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] < 24
-    run(monkeypatch, args(people, tmp_path / "cut", *more))
+    run(monkeypatch, command)
     for name in ("attributes.csv", "metrics.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
     whole, cut = (load_checkpoint(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
@@ -382,7 +374,7 @@ def test_two_ranks_equal_one_process_and_count_each_picture_once(people, tmp_pat
     script = tmp_path / "ranks.py"
     script.write_text(RANKS.format(root=str(ROOT), start=str(tmp_path / "start.pt"), end=str(tmp_path / "end.pt")))
     more = ("epochs=1", "batch=6", "lr=1.0e-4")
-    result = command(args(people, tmp_path / "two", *more), 2, script)
+    result = run_script(script, *args(people, tmp_path / "two", *more), ranks=2)
     assert result.returncode == 0, result.stderr
 
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -4,11 +4,7 @@ import json
 import math
 import os
 import random
-import signal
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +12,7 @@ import pytest
 import scipy.io
 import scipy.ndimage
 import torch
+from conftest import ROOT, kill_after, run_script
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -28,11 +25,12 @@ import pose_data
 from common import UserError, parameter_groups, read_config
 from data import COCO_JOINTS
 
-ROOT = Path(__file__).resolve().parent.parent
 DATA = os.environ.get("GENPOCCL_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="GENPOCCL_DATA is not set: no real annotation files")
 SMALL = {"width": 32, "depth": 2, "heads": 2, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2}
-QUICK = "size=tiny patch=8 height=64 width=48 head=simple batch=6 epochs=1 warmup_steps=1 workers=0 device=cpu".split()
+MACHINE = ["precision=fp32", "workers=0", "device=cpu"]
+QUICK = "size=tiny patch=8 height=64 width=48 head=simple batch=6 epochs=1 warmup_steps=1".split()
+QUICK += MACHINE
 
 
 @pytest.fixture(autouse=True)
@@ -66,9 +64,6 @@ def script(folder):
         "common.run_stage(finetune_pose.main)\n"
     )
     return path
-
-
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def people_file(folder, n, seed=0, name="people.json", joints=COCO_JOINTS):
@@ -490,27 +485,21 @@ def test_overfits_one_batch_then_evaluates_and_predicts(dots, tmp_path):
     assert sorted(f.name for f in out.iterdir()) == [*files.split(), "results.json"]
 
     weights = f"weights={out}/model.safetensors"
-    run(
-        "eval_only=true",
-        weights,
-        f"val_annotations={path}",
-        f"val_images={images}",
-        "workers=0",
-        f"out={tmp_path}/again",
-    )
+    val = [f"val_annotations={path}", f"val_images={images}"]
+    run("eval_only=true", weights, *val, *MACHINE, f"out={tmp_path}/again")
     assert (tmp_path / "again/results.json").read_bytes() == (out / "results.json").read_bytes()
 
     folder = tmp_path / "mine"
     folder.mkdir()
     for n, image in enumerate(document["images"][:3]):
         Image.open(f"{images}/{image['file_name']}").save(folder / f"{n}.png")
-    run(f"predict={folder}", weights, "workers=0", "padding=1", f"out={tmp_path}/whole")
+    run(f"predict={folder}", weights, *MACHINE, "padding=1", f"out={tmp_path}/whole")
     answer = tmp_path / "whole/predictions.json"
     people, _, _ = pose_data.read_pose_file(answer, folder)  # a valid COCO keypoint file
     assert people.joints == COCO_JOINTS and len(people.files) == 3 and (tmp_path / "whole/overlays.png").exists()
     boxes = [{"file_name": "0.png", "bbox": document["annotations"][0]["bbox"], "score": 0.5}] * 2
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
-    run(f"predict={folder}", weights, "workers=0", f"boxes={tmp_path}/boxes.json", f"out={tmp_path}/boxed")
+    run(f"predict={folder}", weights, *MACHINE, f"boxes={tmp_path}/boxes.json", f"out={tmp_path}/boxed")
     (found,) = json.loads((tmp_path / "boxed/predictions.json").read_text())["annotations"]  # the copy is removed
     (wanted,) = [r for r in json.loads((out / "results.json").read_text()) if r["image_id"] == 1]
     assert np.allclose(np.reshape(found["keypoints"], (17, 3))[:, :2], np.reshape(wanted["keypoints"], (17, 3))[:, :2])
@@ -525,18 +514,8 @@ def test_ranks_equal_one_process_and_see_each_person_once(dots, tmp_path, world,
     run(*keys, f"out={tmp_path}/one")
     run(*keys, "lr=0", f"out={tmp_path}/start")
     start = load_file(tmp_path / "start/model.safetensors")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, script(tmp_path), "sgd", *keys, f"out={tmp_path}/ranks"]
-    group = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # as torchrun sets them
-    processes = [
-        subprocess.Popen(command, env=ENV | group | {"RANK": str(r)}, stderr=subprocess.PIPE, text=True)
-        for r in range(world)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    done = run_script(script(tmp_path), "sgd", *keys, f"out={tmp_path}/ranks", ranks=world)
+    assert done.returncode == 0, done.stderr
     one, ranks = (
         [json.loads(line) for line in (tmp_path / run_ / "log.jsonl").read_text().splitlines()]
         for run_ in ("one", "ranks")
@@ -560,12 +539,8 @@ def test_killed_and_resumed_is_bitwise_the_same(dots, tmp_path):
     run(*keys, f"out={tmp_path}/whole")
     for workers in (0, 2):
         out = tmp_path / f"killed{workers}"
-        command = [sys.executable, script(tmp_path), *keys, f"workers={workers}", f"out={out}"]
-        process = subprocess.Popen(command, env=ENV, stderr=subprocess.DEVNULL, start_new_session=True)
-        while process.poll() is None and not (out / "last.pt").exists():
-            time.sleep(0.002)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        command = [*keys, f"workers={workers}", f"out={out}"]
+        assert kill_after(script(tmp_path), *command, lines=6, log=out / "log.jsonl")
         assert (out / "last.pt").exists() and not (out / "done").exists()
         run(*keys, f"workers={workers}", f"out={out}")
         for name in ("model.safetensors", "encoder.safetensors", "results.json", "metrics.json", "overlays.png"):
@@ -750,12 +725,7 @@ def test_bad_keys_and_weights(name, dots, tmp_path):
 
 
 def test_an_error_is_one_line_and_exit_code_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "finetune_pose.py", "epochs=0", f"out={tmp_path}/run"],
-        env=ENV,
-        capture_output=True,
-        text=True,
-    )
+    done = run_script("finetune_pose.py", "epochs=0", f"out={tmp_path}/run")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "epochs" in done.stderr
     assert not (tmp_path / "run").exists()
 

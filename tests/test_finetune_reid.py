@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import ROOT, kill_after, run_script
 from PIL import Image
 
@@ -19,7 +18,8 @@ from finetune_reid import ranking_metrics, triplet_loss
 from model import layer_of
 
 SMALL = ["size=tiny", "height=32", "width=16", "patch=8", "pad=2", "people=6", "pictures_per_person=2", "device=cpu"]
-SMALL += ["warmup_epochs=0.5", "lr=1e-3", "layer_decay=0.9", "workers=0", "log_every=1"]
+SMALL += ["warmup_epochs=0.5", "lr=1e-3", "layer_decay=0.9", "log_every=1", "workers=0", "precision=fp32"]
+MACHINE = ["precision=fp32", "device=cpu", "workers=0"]
 
 
 # ------------------------------------------------------------------------------------------------ pictures of people
@@ -224,12 +224,12 @@ def test_nearest_others_leaves_oneself_out(monkeypatch):
 
 # ---------------------------------------------------------------------------------------------------------- triplet
 
-LABELS = torch.tensor([0, 0, 1, 2, 2, 1, 3, 3])  # person 1 is on both of 2 ranks
+LABELS = torch.tensor([0, 0, 1, 2, 2, 1, 3, 3, 1])  # person 1 is on all of 3 ranks
 
 
 def batch():
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 5, generator=g, dtype=torch.float64)
+    x = torch.randn(9, 5, generator=g, dtype=torch.float64)
     x[1] = x[0]  # the same picture twice: distance 0, no NaN in the gradient
     return x
 
@@ -265,23 +265,45 @@ def wrong_gather(x):
     return losses.gather_rows_of(x)
 
 
-def on_a_rank(rank, world, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
-    own, found = slice(rank * 8 // world, (rank + 1) * 8 // world), {}
+def on_a_rank(rank, world, path):
+    """Called in each process of RANKS: value and gradient as DistributedDataParallel would leave them."""
+    own, found, right = slice(rank * 9 // world, (rank + 1) * 9 // world), {}, reid.gather_with_gradient
     for gather in (losses.gather_with_gradient, wrong_gather):
         reid.gather_with_gradient = gather
         found[gather.__name__] = gradient_of(triplet_loss, batch()[own], LABELS[own])
-        for tensor in found[gather.__name__]:  # what DistributedDataParallel does
+        for tensor in found[gather.__name__]:
             dist.all_reduce(tensor)
             tensor /= world
+    reid.gather_with_gradient = right
     if rank == 0:
-        torch.save(found, folder / "found.pt")
-    dist.destroy_process_group()
+        torch.save(found, path)
 
 
-def test_triplet_on_two_ranks_is_that_of_one_process(tmp_path):
-    mp.spawn(on_a_rank, (2, tmp_path), nprocs=2)
-    found = torch.load(tmp_path / "found.pt")
+RANKS = """
+import sys
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import finetune_reid, test_finetune_reid
+from common import start_ranks
+
+rank, world, _ = start_ranks("cpu")
+test_finetune_reid.on_a_rank(rank, world, {found!r})
+finetune_reid.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def three_ranks(data, tmp_path_factory):
+    """One launch of three ranks: the triplet loss alone, then the run of `plain`. → its folder's parent."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "ranks.py").write_text(RANKS.format(root=str(ROOT), found=str(folder / "found.pt")))
+    command = [f"data={data}", f"out={folder}/run", *SMALL, "epochs=3", "save_every=2", "eval_every=2"]
+    done = run_script(folder / "ranks.py", *command, ranks=3)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_triplet_on_three_ranks_is_that_of_one_process(three_ranks):
+    found = torch.load(three_ranks / "found.pt")
     want_value, want_gradient = gradient_of(triplet_loss, batch(), LABELS)
     for name, (value, gradient) in found.items():
         torch.testing.assert_close(value, want_value)
@@ -438,12 +460,8 @@ def test_killed_and_resumed_is_bitwise_the_same(plain, data, tmp_path):
     assert rows(out) == rows(plain)
 
 
-def test_three_ranks_train_the_same_and_count_each_picture_once(plain, data, tmp_path):
-    out = tmp_path / "run"
-    done = run_script(
-        "finetune_reid.py", f"data={data}", f"out={out}", *SMALL, "epochs=3", "save_every=2", "eval_every=2", ranks=3
-    )
-    assert done.returncode == 0, done.stderr
+def test_three_ranks_train_the_same_and_count_each_picture_once(plain, three_ranks):
+    out = three_ranks / "run"
     for ours, theirs in zip(rows(out), rows(plain), strict=True):
         assert ours == pytest.approx(theirs, rel=2e-3, abs=2e-4)
     metrics = json.loads((out / "metrics.json").read_text())
@@ -485,14 +503,14 @@ def test_overfits_and_finds_everybody(data, tmp_path, token, bnneck):
 
 def test_eval_only_and_predict(plain, data, tmp_path, capsys):
     weights = f"weights={plain}/model.safetensors"
-    stage("eval_only=true", weights, f"data={data}", "train=nowhere", f"out={tmp_path}/eval", "device=cpu", "workers=0")
+    stage("eval_only=true", weights, f"data={data}", "train=nowhere", f"out={tmp_path}/eval", *MACHINE)
     want = json.loads((plain / "metrics.json").read_text())
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == pytest.approx(want)
-    stage("eval_only=true", weights, f"data={data}", f"out={tmp_path}/again", "device=cpu", "workers=0", "rerank=true")
+    stage("eval_only=true", weights, f"data={data}", f"out={tmp_path}/again", *MACHINE, "rerank=true")
     again = json.loads((tmp_path / "again" / "metrics.json").read_text())
     assert again["mAP"] == pytest.approx(want["mAP"]) and 0 <= again["reranked_mAP"] <= 1
 
-    stage(f"predict={data / 'query'}", weights, f"out={tmp_path}/mine", "device=cpu", "workers=0")
+    stage(f"predict={data / 'query'}", weights, f"out={tmp_path}/mine", *MACHINE)
     assert "7 pictures x 192" in capsys.readouterr().out
     found = np.load(tmp_path / "mine" / "embeddings.npz")
     assert found["files"].tolist() == sorted(p.name for p in (data / "query").iterdir())
@@ -535,7 +553,7 @@ def test_bad_input_is_one_line(data, tmp_path, plain):
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_pictures(data, tmp_path):
-    with pytest.raises(UserError, match=r"non-finite .* at step \d+ .*_c\ds1_.*lower lr"):
+    with pytest.raises(UserError, match=r"non-finite .* at step \d+ .*_c\ds1_.*lower the learning rate"):
         stage(f"data={data}", f"out={tmp_path}/run", *SMALL, "lr=1e30", "epochs=9", "save_every=1")
     saved = load_checkpoint(tmp_path / "run" / "last.pt")
     assert all(value.isfinite().all() for value in saved["model"].values())
@@ -566,7 +584,7 @@ def test_real_market_pictures(data_root, tmp_path):
         "patch=16",
     ]
     arguments += ["people=12", "pictures_per_person=4", "epochs=1", "warmup_epochs=0.2", "lr=5e-4", "layer_decay=0.75"]
-    stage(*arguments, "clip_grad=1", "bnneck=true", "device=cpu", "workers=0", "pad=2")
+    stage(*arguments, "clip_grad=1", "bnneck=true", "pad=2", *MACHINE)
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["queries"], metrics["gallery"]) == (660, 1942)
     assert metrics["mAP"] > 0.034

@@ -2,25 +2,24 @@
 with BERT (a tiny random one), training that learns, ranks, resume after a kill, search, and errors in one line."""
 
 import json
-import signal
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, kill_after, run_script
 from PIL import Image
 from sklearn.metrics import average_precision_score
 
+import captions
 import finetune_t2i
 from captions import Words, pad_tokens, read_captions
 from common import UserError, load_checkpoint
 from finetune_t2i import ranking_loss, retrieval_metrics
 
-TINY = ["size=tiny", "patch=8", "height=32", "width=16", "project=16", "workers=0", "device=cpu", "log_every=1"]
+TINY = ["size=tiny", "patch=8", "height=32", "width=16", "project=16", "log_every=1"]
+MACHINE = ["precision=fp32", "workers=0", "device=cpu"]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (235, 235, 235)}
 SENTENCES = ("A person in a {0} shirt and {1} trousers.", "Trousers that are {1}, and above them a {0} top!")
 
@@ -62,7 +61,7 @@ def tiny_bert(tmp_path_factory):
 
 
 def args(people, out, *more):
-    return [f"captions={people / 'data_captions.json'}", f"out={out}", *TINY, *more]
+    return [f"captions={people / 'data_captions.json'}", f"out={out}", *TINY, *MACHINE, *more]
 
 
 def run(monkeypatch, arguments):
@@ -240,7 +239,7 @@ def test_one_batch_is_overfitted(people):
     cfg = config()
     model, text, _, _ = finetune_t2i.build_model(cfg, split, "cpu")
     rows = [split.ids.tolist().index(i) for i in range(8)]
-    images = torch.stack([finetune_t2i.picture_of(split.files[r], (32, 16)) for r in rows]).float() / 128 - 1
+    images = torch.stack([captions.picture_of(split.files[r], (32, 16)) for r in rows]).float() / 128 - 1
     tokens, lengths = pad_tokens([text.tokens(split.texts[2 * r], 100) for r in rows])
     person, optimizer = torch.arange(8), torch.optim.Adam(model.parameters(), 1e-3)
     for step in range(90):
@@ -265,12 +264,12 @@ def test_training_finds_new_people_by_sentence(people, tmp_path, monkeypatch):
         assert (tmp_path / "a" / name).exists(), name
     weights = f"weights={tmp_path / 'a' / 'model.safetensors'}"
     run(monkeypatch, [f"captions={people / 'data_captions.json'}", f"out={tmp_path / 'b'}", weights, "eval_only=true",
-                      "workers=0", "device=cpu"])  # fmt: skip
+                      *MACHINE])  # fmt: skip
     again = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert again == got
 
-    search = ["sentence=a person with green trousers and a red top", f"predict={people / 'imgs'}", "device=cpu"]
-    run(monkeypatch, [weights, *search, f"out={tmp_path / 'c'}", "workers=0"])
+    search = ["sentence=a person with green trousers and a red top", f"predict={people / 'imgs'}"]
+    run(monkeypatch, [weights, *search, f"out={tmp_path / 'c'}", *MACHINE])
     found = json.loads((tmp_path / "c" / "ranking.json").read_text())["ranking"]
     assert len(found) == 33 and found[0]["cosine"] >= found[1]["cosine"] >= found[-1]["cosine"]
     assert {row["image"][:4] for row in found[:2]} == {"0000"}  # red over green
@@ -293,7 +292,7 @@ def test_bert_through_the_whole_stage(people, tiny_bert, tmp_path, monkeypatch):
 
 def test_settings_that_do_not_fit_are_refused(people, tmp_path, monkeypatch):
     for more, message in (
-        (["batch=99"], "larger than the 48 training captions"),
+        (["batch=99"], "larger than the 48 training samples"),
         (["evaluate_on=val"], "has no val split"),
         (["eval_only=true"], "need each other"),
         (["weights=x"], "need each other"),
@@ -305,26 +304,13 @@ def test_settings_that_do_not_fit_are_refused(people, tmp_path, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
-def launch(arguments, ranks=1, script=ROOT / "finetune_t2i.py"):
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return subprocess.Popen(
-        [sys.executable, *torchrun, script, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_resume_after_a_kill_is_bitwise(people, tmp_path, monkeypatch):
     more = (*FAST, "epochs=4", "save_every=1")
     run(monkeypatch, args(people, tmp_path / "whole", *more))
-    process, deadline = launch(args(people, tmp_path / "cut", *more)), time.time() + 120
-    while not (tmp_path / "cut" / "last.pt").exists() and time.time() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    command = args(people, tmp_path / "cut", *more)
+    assert kill_after("finetune_t2i.py", *command, lines=4, log=tmp_path / "cut" / "log.jsonl")
     assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] < 24
-    run(monkeypatch, args(people, tmp_path / "cut", *more))
+    run(monkeypatch, command)
     whole, cut = (load_checkpoint(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert (tmp_path / "whole" / "metrics.json").read_bytes() == (tmp_path / "cut" / "metrics.json").read_bytes()
@@ -363,9 +349,8 @@ def test_two_ranks_equal_one_process_and_count_each_picture_once(people, tmp_pat
     script = tmp_path / "ranks.py"
     script.write_text(RANKS.format(root=str(ROOT), start=str(tmp_path / "start.pt"), end=str(tmp_path / "end.pt")))
     more = (*FAST, "epochs=1", "lr=1.0e-4", "lr_encoder=1.0e-5")
-    process = launch(args(people, tmp_path / "two", *more), 2, script)
-    _, errors = process.communicate()
-    assert process.returncode == 0, errors
+    done = run_script(script, *args(people, tmp_path / "two", *more), ranks=2)
+    assert done.returncode == 0, done.stderr
 
     v, t, a, b = model(images, tokens, lengths)
     rank_loss, found = ranking_loss(v, t, person, noise, 0.5)

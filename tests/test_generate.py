@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,8 +17,15 @@ import pytest
 import torch
 from PIL import Image
 
+import attributes
+import captions
+import chunks
+import diffusion
 import generate
+import people_set
 import pictures
+import puppet
+import reid
 from common import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,7 +165,7 @@ def scenes_of(cfg):
     people, rows, _ = generate.read_poses(cfg)
     wanted = generate.group_rows(people.image_id, rows)
     prompts = generate.read_prompts(cfg, list(wanted))
-    return [generate.Scene(cfg, people, rows, rows, prompts[i]) for i, rows in wanted.items()]
+    return [diffusion.Scene(cfg, people, rows, rows, prompts[i]) for i, rows in wanted.items()]
 
 
 def pixels(picture):
@@ -209,17 +217,17 @@ def test_overlay_and_sheet(tmp_path):
 def test_pose_and_prompt_stay_together(tiny, backend):
     """Picture k of a pose is the same alone and among others, and another prompt or condition gives another one."""
     cfg = config(tiny, backend=backend, batch=8)
-    pipe = generate.load_painter(cfg, torch.device("cpu"))
+    pipe = diffusion.load_painter(cfg, torch.device("cpu"))
     a, b = scenes_of(cfg)[:2]
     assert a.size == b.size and a.prompt != b.prompt
     jobs = [(scene, k) for scene in (a, b) for k in range(2)]
 
     def paint(jobs, swap_prompt=False, swap_condition=False):
         other = {id(a): b, id(b): a}
-        seeds = [generate.picture_seed(cfg.seed, scene.unit, k) for scene, k in jobs]
+        seeds = [chunks.picture_seed(cfg.seed, scene.unit, k) for scene, k in jobs]
         prompts = [(other[id(scene)] if swap_prompt else scene).prompt for scene, _ in jobs]
         conditions = [(other[id(scene)] if swap_condition else scene).condition for scene, _ in jobs]
-        return [pixels(p) for p in generate.paint(pipe, cfg, conditions, prompts, seeds, a.size)]
+        return [pixels(p) for p in diffusion.paint(pipe, cfg, conditions, prompts, seeds, a.size)]
 
     together, alone = paint(jobs), [paint([job])[0] for job in jobs]
     for i, picture in enumerate(together):
@@ -239,7 +247,7 @@ def test_diffusion_set(tiny, tmp_path, monkeypatch):
         picture = Image.open(Path(out) / "images" / image["file_name"])
         assert picture.size == (image["width"], image["height"]) and row["num_keypoints"] == 17
         assert row["caption"].endswith(f"of {row['source_image_id']}")
-        assert row["seed"] == generate.picture_seed(0, row["source_image_id"], row["k"])
+        assert row["seed"] == chunks.picture_seed(0, row["source_image_id"], row["k"])
         xy = np.reshape(row["keypoints"], (17, 3))[:, :2] / picture.size
         want = (STANDING + 0.5) / [100, 200]
         assert (
@@ -253,18 +261,18 @@ def test_diffusion_set(tiny, tmp_path, monkeypatch):
     # the same again after a kill in the middle: chunk 1 is painted anew, chunk 0 is not
     shutil.copytree(out, tmp_path / "full")
     broken = tmp_path / "b"
-    real = generate.write_chunk
+    real = chunks.write_chunk
 
-    def dies(cfg, number, rows, retried):
+    def dies(cfg, number, rows, retried, folder):
         if number == 1:
             raise RuntimeError("killed")
-        return real(cfg, number, rows, retried)
+        return real(cfg, number, rows, retried, folder)
 
-    monkeypatch.setattr(generate, "write_chunk", dies)
+    monkeypatch.setattr(chunks, "write_chunk", dies)
     with pytest.raises(RuntimeError, match="killed"):
         run(monkeypatch, arguments(tiny, out=broken, first_pose=0))
     assert not (broken / "annotations.json").exists()
-    monkeypatch.setattr(generate, "write_chunk", real)
+    monkeypatch.setattr(chunks, "write_chunk", real)
     assert same_set(run(monkeypatch, arguments(tiny, out=broken, first_pose=0)), out)
 
 
@@ -274,11 +282,11 @@ def test_refused_pictures_are_retried_and_never_stored(tiny, tmp_path, monkeypat
     from transformers import CLIPImageProcessor
 
     cfg = config(tiny)
-    pipe, folder = generate.load_painter(cfg, torch.device("cpu")), tmp_path / "sd"
+    pipe, folder = diffusion.load_painter(cfg, torch.device("cpu")), tmp_path / "sd"
     scenes = scenes_of(cfg)
     keys = [(scene, k) for scene in scenes for k in range(3)]
-    seeds = [generate.picture_seed(0, scene.unit, k) for scene, k in keys]
-    painted = [generate.paint(pipe, cfg, [s.condition], [s.prompt], [n], s.size)[0] for (s, _), n in zip(keys, seeds)]
+    seeds = [chunks.picture_seed(0, scene.unit, k) for scene, k in keys]
+    painted = [diffusion.paint(pipe, cfg, [s.condition], [s.prompt], [n], s.size)[0] for (s, _), n in zip(keys, seeds)]
     shutil.copytree(tiny / "sd_checked", folder)
     checker = StableDiffusionSafetyChecker.from_pretrained(folder / "safety_checker")
     reader = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
@@ -295,9 +303,9 @@ def test_refused_pictures_are_retried_and_never_stored(tiny, tmp_path, monkeypat
     out = run(monkeypatch, arguments(tiny, out=tmp_path / "a", model=folder, retries=30))
     rows, summary = read(out)["annotations"], json.loads((tmp_path / "a/summary.json").read_text())
     assert summary["painted_again"] > 0 and len(rows) == 12
-    moved = [row for row in rows if row["seed"] != generate.picture_seed(0, row["source_image_id"], row["k"])]
+    moved = [row for row in rows if row["seed"] != chunks.picture_seed(0, row["source_image_id"], row["k"])]
     assert moved and all(
-        row["seed"] in [generate.picture_seed(0, row["source_image_id"], row["k"], t) for t in range(1, 31)]
+        row["seed"] in [chunks.picture_seed(0, row["source_image_id"], row["k"], t) for t in range(1, 31)]
         for row in moved
     )
     for image in read(out)["images"]:
@@ -353,7 +361,7 @@ def test_oks_is_cocos():
     evaluation = COCOeval(coco, result, "keypoints")
     evaluation._prepare()
     want = evaluation.computeOks(7, 1)[0, 0]
-    got = generate.oks(found[None, :, :2], np.reshape(truth["keypoints"], (1, 17, 3)), np.array([truth["area"]]))
+    got = diffusion.oks(found[None, :, :2], np.reshape(truth["keypoints"], (1, 17, 3)), np.array([truth["area"]]))
     assert 0.05 < want < 0.95 and abs(got[0] - want) < 1e-9
 
 
@@ -378,11 +386,12 @@ PUPPET = ["poses=60", "pictures_per_pose=3", "height=96", "width=48", "chunk=2",
 
 
 def same_set(a, b):
-    """Byte-identical annotations and pictures, nothing more and nothing less."""
-    names = [sorted(path.name for path in (Path(out) / "images").iterdir()) for out in (a, b)]
+    """Byte-identical lists and pictures, nothing more and nothing less."""
+    own = {"config.yaml", "log.jsonl", "summary.json"}  # hold the folder's name and times
+    names = [sorted(str(p.relative_to(out)) for p in Path(out).rglob("*") if p.is_file()) for out in (a, b)]
+    assert len(names[0]) > len(own) + 2
     return names[0] == names[1] and all(
-        (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes()
-        for name in ("annotations.json", *(f"images/{name}" for name in names[0]))
+        (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes() for name in names[0] if name not in own
     )
 
 
@@ -527,6 +536,106 @@ def test_real_coco_captions(tiny, tmp_path, monkeypatch):
     assert all(row["caption"] in captions[row["source_image_id"]] for row in document["annotations"])
 
 
+# --------------------------------------------------------------------------------- puppet: people by several cameras
+
+
+PEOPLE = ["task=people", "persons_train=14", "persons_val=4", "persons_test=10", "cameras=3", "pictures_per_camera=2"]
+PEOPLE += ["height=96", "width=48", "chunk=2", "seed=5"]
+
+
+@pytest.fixture(scope="module")
+def people(tmp_path_factory):
+    out = tmp_path_factory.mktemp("people") / "reference"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, [*PEOPLE, f"out={out}"])
+    return out
+
+
+def test_people_reid_layout(people):
+    train, query, gallery, about = reid.read_data(people)
+    assert set(train.ids) == set(range(1, 15)) and set(query.ids) == set(gallery.ids) - {0, -1} == set(range(15, 25))
+    assert sorted(zip(query.ids, query.cameras)) == [
+        (person, camera) for person in range(15, 25) for camera in (1, 2, 3)
+    ]
+    assert len(train.ids) == 14 * 3 * 2 and "(30 distractors, 30 junk)" in about
+    assert sorted(zip(train.ids, train.cameras)) == sorted([(i, c) for i in range(1, 15) for c in (1, 2, 3)] * 2)
+    assert (np.bincount(gallery.ids[gallery.ids > 0])[15:] == 3).all()  # the other picture of each camera
+    result = reid.ranking_metrics(
+        query.ids[:, None] != gallery.ids, query.ids, query.cameras, gallery.ids, gallery.cameras
+    )
+    assert result["mAP"] == 1 and result["unmatched"] == 0
+    files = [Path(part.folder) / name.decode() for part in (train, query, gallery) for name in part.files]
+    assert len({path.read_bytes() for path in files}) == len(files) == 84 + 30 + 90
+    assert len({path.name for path in files}) == len(files)
+    assert all(Image.open(path).size == (48, 96) for path in files)
+
+
+def test_people_cameras_keep_their_place(people):
+    """A test picture's margins look most like the median picture of its own camera's training pictures."""
+    train, query, _, _ = reid.read_data(people)
+
+    def margins(part):
+        all_ = [np.asarray(Image.open(Path(part.folder) / n.decode()), float) for n in part.files]
+        return np.stack([np.concatenate([p[:30, :8], p[:30, -8:]]).ravel() for p in all_])
+
+    a, b = margins(train), margins(query)
+    centres = np.stack([np.median(a[train.cameras == camera], 0) for camera in (1, 2, 3)])
+    found = 1 + abs(b[:, None] - centres).mean(-1).argmin(1)
+    assert (found == query.cameras).mean() > 0.8
+
+
+def test_people_attributes_and_captions_are_true(people):
+    csvs = {kind: str(people / f"attributes_{kind}.csv") for kind in ("train", "val", "test")}
+    cfg = SimpleNamespace(dataset="csv", annotation=None, images=None, select="val", trainval=False, **csvs)
+    names, splits, _ = attributes.read_attributes(cfg)
+    told = captions.read_captions(people / "data_captions.json", people)
+    assert [len(splits[kind].files) for kind in splits] == [60, 24, 60]
+    persons = {kind: {int(Path(file).name[:4]) for file in split.files} for kind, split in splits.items()}
+    assert persons == dict(train=set(range(1, 11)), val=set(range(11, 15)), test=set(range(15, 25)))
+    for kind, split in splits.items():
+        assert told[kind].files == split.files and told[kind].persons == len(persons[kind])
+        assert told[kind].picture.tolist() == np.repeat(range(len(split.files)), 2).tolist()
+        for file, labels, *texts in zip(split.files, split.labels, told[kind].texts[::2], told[kind].texts[1::2]):
+            who = puppet.sample_identities(5, [int(Path(file).name[:4])]).people[0]
+            assert dict(zip(names, labels.tolist())) == puppet.attributes(who)
+            assert texts[0] != texts[1]
+            true = {name for name, label in zip(names, labels) if label}
+            for text in texts:
+                assert all(name.split("_")[1] in text for name in true if name.startswith(("up_", "down_")))
+                assert bool({"woman", "lady", "She"} & set(re.findall(r"\w+", text))) == ("female" in true)
+                assert ("skirt" in text) == ("skirt" in true) and ("backpack" not in text or "backpack" in true)
+    assert len(set(told["train"].texts)) > 60
+
+
+def test_people_kill_and_ranks(people, tmp_path):
+    out = tmp_path / "run"
+    words = [*PEOPLE, f"out={out}"]
+    assert kill_after(2, start([*words, "workers=1"]), out) < 12
+    (out / "query" / ".x.jpg.1.part").write_bytes(b"half")
+    finish(start(words, ranks=2))
+    assert same_set(out, people)
+
+
+def test_bad_boxes_overlap_as_told():
+    """The window is read off a picture whose colours are its coordinates."""
+    y, x = np.mgrid[:128, :64]
+    picture = Image.fromarray(np.stack([x * 4, y * 2, 0 * x], -1).astype(np.uint8))
+    for box in ([10, 4, 40, 120], [28, 10, 9, 110], [2, 60, 60, 30]):
+        for n, (low, high) in enumerate(people_set.BAD_BOXES.values()):
+            for seed in range(8):
+                crop = people_set.badly_boxed(picture, box, low, high, np.random.default_rng([seed, n]))
+                pixels = np.asarray(crop, float)
+                assert crop.size == (64, 128)
+                left, right = pixels[64, [8, 55], 0] / 4  # away from the rim, where resizing clips
+                top, bottom = pixels[[16, 111], 32, 1] / 2
+                width, height = (right - left) * 64 / 47, (bottom - top) * 128 / 95
+                left, top = left + 0.5 - width * 8.5 / 64, top + 0.5 - height * 16.5 / 128
+                across = max(0, min(left + width, box[0] + box[2]) - max(left, box[0]))
+                down = max(0, min(top + height, box[1] + box[3]) - max(top, box[1]))
+                iou = across * down / (width * height + box[2] * box[3] - across * down)
+                assert low - 0.03 <= iou < high + 0.03, (box, seed)
+
+
 # -------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -549,6 +658,10 @@ def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
         (["poses=2", "backend=midjourney"], "t2i_adapter"),
         (["poses=2", "pose=3"], "nearest valid key"),
         (["poses=2", "audit=vitpose"], "audit"),
+        (["task=people", "persons_train=9", "persons_val=9"], "persons_val=9"),
+        (["task=people", "cameras=1"], "cameras"),
+        (["task=people", "backend=t2i_adapter"], "backend=puppet"),
+        (["task=people", f"annotations={tiny / 'poses.json'}"], "annotations"),
         ([f"annotations={tmp_path / 'none.json'}"], "none.json"),
         ([f"annotations={text}"], "JSON"),
         ([f"annotations={few}"], "51"),
@@ -607,7 +720,7 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match="disk full"):
-        generate.put(tmp_path / "x.jpg", b"1")
+        chunks.put(tmp_path / "x.jpg", b"1")
     assert not list(tmp_path.iterdir())
 
 
@@ -615,7 +728,10 @@ def test_record_before_pictures_cannot_be(tmp_path, monkeypatch):
     """The record is the last file of a chunk, so that a recorded chunk has all its pictures."""
     cfg = SimpleNamespace(out=str(tmp_path), picture_format="png", quality=95)
     order = []
-    monkeypatch.setattr(generate, "put", lambda path, data: order.append(path.name))
-    row = dict(pose_id=3, k=0)
-    assert generate.write_chunk(cfg, 0, [(Image.new("RGB", (2, 2)), row), (None, dict(pose_id=4, skipped="x"))], 0) == 1
+    monkeypatch.setattr(chunks, "put", lambda path, data: order.append(path.name))
+    row = dict(pose_id=3, k=0, file_name="3_0.png")
+    assert (
+        chunks.write_chunk(cfg, 0, [(Image.new("RGB", (2, 2)), row), (None, dict(pose_id=4, skipped="x"))], 0, "images")
+        == 1
+    )
     assert order == ["3_0.png", "0000000.jsonl"]

@@ -1,0 +1,83 @@
+"""README's own command lines: every one parses with its config; the laptop's ones are run, at a small size."""
+
+import importlib
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+from common import read_config
+
+BLOCKS = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines() if re.match(r"(python|torchrun) ", line)]
+# What makes a command small enough for a test; {tmp} is the test's folder. Keys later on the line win.
+SMALL = {
+    "configs/generate_demo.yaml": "out={tmp}/set poses=8 workers=0",
+    "configs/generate_people_demo.yaml": "out={tmp}/people persons_train=8 persons_val=2 persons_test=4 workers=0",
+    "configs/generate_lspet_puppet.yaml": "out={tmp}/lspet poses=4 workers=0",
+    "configs/pretrain_demo.yaml": "out={tmp}/pretrain annotations={tmp}/set/annotations.json batch=16 epochs=1",
+    "configs/finetune_pose_lspet.yaml": "out={tmp}/pose encoder={tmp}/pretrain/encoder.safetensors limit=16 epochs=1",
+    "configs/finetune_reid_demo.yaml": "out={tmp}/reid data={tmp}/people people=4 epochs=1",
+    "configs/finetune_par_demo.yaml": "out={tmp}/par epochs=1 batch=16 train={tmp}/people/attributes_train.csv "
+    "val={tmp}/people/attributes_val.csv test={tmp}/people/attributes_test.csv",
+    "configs/finetune_t2i_demo.yaml": "out={tmp}/t2i epochs=1 batch=8 captions={tmp}/people/data_captions.json "
+    "images={tmp}/people",
+    "predict=my_pictures": "predict={tmp}/set/images weights={tmp}/pose/model.safetensors out={tmp}/mine",
+}
+
+
+def words_of(command):
+    """→ (script, its arguments)."""
+    words = shlex.split(os.path.expandvars(command))
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return words[script], words[script + 1 :]
+
+
+def test_readme_has_commands_for_every_stage():
+    scripts = {words_of(command)[0] for command in COMMANDS}
+    stages = {path.name for path in ROOT.glob("finetune_*.py")} | {"generate.py", "pretrain.py"}
+    assert stages <= scripts
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_parses_with_its_config(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    script, arguments = words_of(command)
+    if script.startswith("benchmarks/"):
+        assert (ROOT / script).exists()
+        return
+    stage = importlib.import_module(Path(script).stem)
+    read_config(stage.KEYS, stage.__doc__, arguments)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_is_valid(path):
+    prefix = path.name.split("_")[0]
+    stage = importlib.import_module(prefix if prefix != "finetune" else "_".join(path.stem.split("_")[:2]))
+    read_config(stage.KEYS, stage.__doc__, ["--cfg", str(path)])
+
+
+def test_laptop_commands_run(tmp_path):
+    ran = 0
+    for command in COMMANDS:
+        small = next((change for key, change in SMALL.items() if key in command), None)
+        if command.startswith("torchrun") or small is None:
+            continue
+        if "$GENPOCCL_DATA" in command and not os.environ.get("GENPOCCL_DATA"):
+            continue
+        script, arguments = words_of(command)
+        done = run_script(script, *arguments, *small.format(tmp=tmp_path).split())
+        assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
+        ran += 1
+    assert ran >= 5
+    for name in (
+        "set/sheet.png",
+        "pretrain/encoder.safetensors",
+        "people/query",
+        "reid/metrics.json",
+        "t2i/config.yaml",
+    ):
+        assert (tmp_path / name).exists(), name

@@ -1,0 +1,241 @@
+"""Fast paths equal plain ones, memory is what it is said to be, and the benchmark's own counters count right.
+
+Nothing is timed here: benchmarks/throughput.py measures.
+"""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+
+import data
+import losses
+import model
+from common import UserError, seed_all
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+
+from timing import PeakMemory, Products, flops, ratio  # noqa: E402
+
+
+def picture(w, h, seed=0):
+    """Blurred noise: as sharp as a photograph, and nowhere black or white, where a resize's passes are cut off."""
+    noise = np.random.default_rng(seed).integers(40, 216, (h // 3, w // 3, 3)).astype(np.uint8)
+    return Image.fromarray(noise).resize((w, h), Image.Resampling.BILINEAR)
+
+
+def a_set(folder, n=12, size=(60, 130)):
+    (folder / "images").mkdir()
+    images, annotations = [], []
+    for i in range(n):
+        picture(*size, seed=i).save(folder / "images" / f"{i}.png")
+        images.append({"id": i, "file_name": f"{i}.png", "width": size[0], "height": size[1]})
+        box = [4.0, 6.0, size[0] - 9.0, size[1] - 13.0]
+        keypoints = [v for j in range(17) for v in (5 + 2 * j, 10 + 6 * j, 2)]
+        annotations.append({"id": i, "image_id": i, "bbox": box, "keypoints": keypoints, "pose_id": i // 3})
+    category = {"id": 1, "name": "person", "keypoints": data.COCO_JOINTS, "skeleton": []}
+    document = {"images": images, "annotations": annotations, "categories": [category]}
+    (folder / "annotations.json").write_text(json.dumps(document))
+    return data.read_people(folder / "annotations.json")[0]
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_resize_equals_pillow_up_to_rounding(tmp_path):
+    people = a_set(tmp_path)
+    dataset = data.PretrainPictures([people], (96, 48), seed=3)
+    for index in range(12):
+        item = dataset[(1, index)]
+        data.seed_sample(3, 1, index)
+        x, y, w, h = data.padded_box(people.boxes[index], 1.25, people.size[index])
+        left, top, cw, ch = data.random_crop(w, h)
+        plain = data.load_picture(people.folder, people.files[index])
+        plain = plain.crop((x + left, y + top, x + left + cw, y + top + ch)).resize((48, 96), Image.Resampling.BICUBIC)
+        plain = torch.from_numpy(np.array(plain)).permute(2, 0, 1)
+        plain = plain.flip(2) if torch.rand(()) < 0.5 else plain
+        gap = (item["image"].int() - plain.int()).abs()
+        assert gap.max() <= 2 and (gap > 1).float().mean() < 0.002  # grey levels of 255
+
+
+def test_crop_has_the_distribution_of_torchvision():
+    """Share of the area, ratio and place: quantiles of 4,000 draws of each differ by less than chance allows."""
+    torch.manual_seed(0)
+    w, h, n = 130, 250, 4000
+    ours = torch.tensor([data.random_crop(w, h) for _ in range(n)], dtype=torch.float64)
+    region = torch.empty(1, h, w)
+    theirs = [RandomResizedCrop.get_params(region, (0.8, 1.0), (0.375, 0.667)) for _ in range(n)]
+    theirs = torch.tensor([(left, top, cw, ch) for top, left, ch, cw in theirs], dtype=torch.float64)
+    assert (ours[:, :2] >= 0).all() and (ours[:, 0] + ours[:, 2] <= w).all() and (ours[:, 1] + ours[:, 3] <= h).all()
+    for name, figure in {
+        "area": lambda r: r[:, 2] * r[:, 3],
+        "ratio": lambda r: r[:, 2] / r[:, 3],
+        "left": lambda r: r[:, 0],
+        "top": lambda r: r[:, 1],
+    }.items():
+        a, b = figure(ours).sort().values, figure(theirs).sort().values
+        everywhere = torch.cat([a, b])
+        gap = (torch.searchsorted(a, everywhere, right=True) - torch.searchsorted(b, everywhere, right=True)).abs()
+        assert gap.max() / n < 1.95 * (2 / n) ** 0.5, name  # Kolmogorov-Smirnov, once in a thousand
+
+
+@pytest.mark.parametrize("size, expected", [((300, 20), (143, 0, 13, 20)), ((20, 300), (0, 123, 20, 53))])
+def test_crop_of_a_region_that_no_rectangle_fits(size, expected):
+    assert data.random_crop(*size) == expected
+
+
+def test_sample_seed_gives_the_numbers_of_seed_all():
+    def numbers():
+        import random
+
+        return random.random(), np.random.rand(), torch.rand(3).tolist()
+
+    seed_all(5, 6, 7)
+    plain = numbers()
+    data.seed_sample(5, 6, 7)
+    assert numbers() == plain
+
+
+def test_normalize_is_the_formula_and_leaves_its_input_alone():
+    pixels = torch.randint(256, (2, 3, 8, 4), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
+    assert torch.equal(data.normalize(pixels), (pixels.float() - mean) / std)
+    floats = pixels.float()
+    data.normalize(floats)
+    assert torch.equal(floats, pixels.float())
+
+
+# -------------------------------------------------------------------------------------------------- annotation files
+
+
+def test_reading_in_pieces_equals_json():
+    """Every size of piece cuts the text everywhere once: inside numbers, escapes, words and entries."""
+    document = {"info": {"a": [1, {"x": 'é" ]\\'}]}, "n": 12345, "e": [], "t": [1.5, -2e3, True], "z": {}, "o": None}
+    document["images"] = [{"id": i, "f": "x" * i} for i in range(7)]
+    for text in (json.dumps(document), json.dumps(document, indent=2, ensure_ascii=False) + "\n"):
+        for piece in range(1, len(text) + 2):
+            assert data._load_in_pieces("f", io.StringIO(text), lambda entry: entry, piece) == document
+
+
+@pytest.mark.parametrize("text", ['{"a": [1 2]}', '{"a" 1}', "", "[1,2", '{"a": [1,', '{"a": tru}', '{"a": 1'])
+def test_broken_json_is_one_line(text):
+    with pytest.raises(UserError, match="cannot read f as JSON: .* at character"):
+        data._load_in_pieces("f", io.StringIO(text), lambda entry: entry, 3)
+
+
+def test_annotations_are_arrays_that_are_shared_and_not_copied(tmp_path):
+    """Per annotation there is no Python object, neither in the data set nor in the plan: workers share the pages."""
+    people = a_set(tmp_path)
+    dataset = data.PretrainPictures([people], (96, 48), seed=0)
+    assert np.shares_memory(dataset.keypoints[0], people.keypoints)
+    batches = data.PoseBatches(dataset, 6, 3, [], 0)
+    for thing in (dataset, batches, people):
+        values = thing._asdict() if hasattr(thing, "_asdict") else vars(thing)
+        for name, value in values.items():
+            if name not in ("joints", "skeleton", "flip", "category", "people", "folder", "size"):
+                for part in value if isinstance(value, (list, tuple)) else [value]:
+                    assert not isinstance(part, (list, tuple, dict)) or len(part) < len(dataset), name
+
+
+# ----------------------------------------------------------------------------------------------- losses and the step
+
+
+def test_target_by_hand_equals_var_mean():
+    patches = torch.randn(5, 7, 48, dtype=torch.float64) * 3 + 100
+    target, mean, std = losses.normalized(patches)
+    variance, plain_mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    assert torch.allclose(mean, plain_mean) and torch.allclose(std, (variance + 1e-6).sqrt())
+    assert torch.allclose(target, (patches - plain_mean) / (variance + 1e-6).sqrt())
+    flat = torch.full((1, 1, 48), 0.3)
+    assert losses.normalized(flat)[0].abs().max() < 1e-3  # one colour: no division by zero
+
+
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_logits_are_own_rows_by_gathered_columns(ranks, monkeypatch):
+    """The largest tensor of the contrastive terms is own rows × all columns, forward and backward."""
+    M, D = 512, 16
+    for name in ("gather_with_gradient", "gather_rows_of"):
+        gather = getattr(losses, name)
+        monkeypatch.setattr(losses, name, lambda x, gather=gather: gather(x).repeat(ranks, *[1] * (x.ndim - 1)))
+    z = torch.randn(M // ranks, D, requires_grad=True)
+    pose_id = torch.arange(M // ranks) // 4
+    matrix = M // ranks * M * 4  # bytes in float32
+    largest = []
+
+    class Watch(PeakMemory):
+        def take(self, tensor):
+            largest.append(tensor.numel())
+            super().take(tensor)
+
+    with Watch() as memory:
+        (losses.multi_positive_loss(z, pose_id) + losses.alignment_loss(z, z.flip(0))).backward()
+    assert max(largest) == M // ranks * M
+    assert matrix < memory.peak < 8 * matrix + 40 * M * D * 4
+
+
+def test_recomputing_activations_needs_less_memory_and_gives_the_same_gradient():
+    def step(recompute):
+        torch.manual_seed(0)
+        encoder = model.ViT(48, 4, 3, (64, 32), 8, checkpoint_activations=recompute)
+        net = model.GenPoCCL(encoder, model.Decoder(encoder, 32, 2, 2))
+        images, masks = torch.randn(8, 3, 64, 32), [torch.rand(8, 32).argsort(1) < 16 for _ in range(2)]
+        with PeakMemory(*net.parameters()) as memory:
+            net(images, masks, torch.arange(8) // 4)["total"].backward()
+        return [p.grad for p in net.parameters() if p.grad is not None], memory.peak
+
+    (plain, most), (again, least) = step(False), step(True)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, again)) and len(plain) == len(again)
+    assert least < 0.6 * most
+
+
+def test_predicting_masked_patches_alone_equals_predicting_all():
+    """The step asks the decoder for the masked patches only; the plain way predicts all and picks them."""
+    torch.manual_seed(0)
+    encoder = model.ViT(48, 2, 3, (64, 32), 8)
+    decoder = model.Decoder(encoder, 32, 2, 2)
+    order = torch.rand(4, 32).argsort(1)
+    visible, masked = order[:, :16].sort(1).values, order[:, 16:].sort(1).values
+    tokens = encoder(torch.randn(4, 3, 64, 32), visible)
+    everything = decoder(tokens, visible)
+    assert torch.allclose(
+        decoder(tokens, visible, masked), everything.gather(1, masked[..., None].expand(-1, -1, 192)), atol=1e-5
+    )
+
+
+# ------------------------------------------------------------------------------------------- the benchmark's counters
+
+
+def test_counters():
+    a = torch.randn(8, 16, requires_grad=True)
+    b = torch.randn(16, 4)
+    assert flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 8 * 16 * 4  # forward, and the gradient of a alone
+    with Products() as products:
+        F.linear(a, b.T, torch.zeros(4))
+    assert len(products.calls) == 1
+    with PeakMemory(a) as memory:
+        x = a.detach() + 1  # 512 bytes each
+        x = x + 1
+        del x
+    assert memory.peak == 3 * 8 * 16 * 4 and memory.now == 8 * 16 * 4
+    assert ratio([2.0, 4.0, 9.0], [1.0, 2.0, 3.0]) == 2.0
+
+
+@pytest.mark.parametrize("table", ["parts", "memory", "masks"])
+def test_tables_run_and_print_a_json_line_per_row(table):
+    words = "size=tiny height=32 width=16 patch=8 batch=4 rounds=1 seconds=0 batches=4 threads=1".split()
+    command = [sys.executable, str(ROOT / "benchmarks/throughput.py"), table, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) >= 3 and {row["table"] for row in rows} == {table}
+    if table == "masks":
+        assert rows[0]["same_masks"] == 1.0
