@@ -246,11 +246,15 @@ def seed_of(*key):
 
 
 def seed_all(*key):
-    """Seed Python's `random`, NumPy and torch from whole numbers such as (seed, epoch, index)."""
+    """Seed Python's `random`, NumPy and torch (on the CPU) from whole numbers such as (seed, epoch, index).
+
+    What is random on a GPU takes a generator of its own. torch.manual_seed would also prepare seeds for every kind of
+    device, which in a loader's worker took as long as decoding a picture.
+    """
     seed = seed_of(*key)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def generator_of(*key, device="cpu"):

@@ -54,8 +54,9 @@ from common import (
     write_json,
 )
 from data import EpochBatches, load_picture, normalize
-from model import SIZES, TOKENS, feature_width, load_encoder, meta_of, token_features, use_meta
+from model import SIZES, TOKENS, feature_width, token_features
 from reid import picture_names
+from weights import load_encoder, meta_of, use_meta
 
 KEYS = dict(
     out=Key("runs/par", "run folder"),

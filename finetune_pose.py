@@ -54,7 +54,8 @@ from common import (
     write_json,
 )
 from data import EpochBatches, load_picture, normalize
-from model import SIZES, ClassicHead, SimpleHead, layer_of, load_encoder, meta_of, use_meta
+from model import SIZES, ClassicHead, SimpleHead, layer_of
+from weights import load_encoder, meta_of, use_meta
 
 KEYS = dict(
     out=Key("runs/pose", "run folder"),

@@ -55,18 +55,9 @@ from common import (
     write_json,
 )
 from data import load_picture, normalize
-from model import (
-    SIZES,
-    TOKENS,
-    GlobalBatchNorm,
-    feature_width,
-    layer_of,
-    load_encoder,
-    meta_of,
-    token_features,
-    use_meta,
-)
+from model import SIZES, TOKENS, GlobalBatchNorm, feature_width, layer_of, token_features
 from reid import evaluate_features, ranking_metrics, triplet_loss
+from weights import load_encoder, meta_of, use_meta
 
 __all__ = ["ReID", "evaluate_features", "ranking_metrics", "triplet_loss"]
 

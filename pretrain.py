@@ -40,9 +40,11 @@ from common import (
     settle,
     start_ranks,
 )
-from data import PoseBatches, PretrainPictures, noise_size, normalize, part_guided_mask, random_mask, read_people
+from data import PoseBatches, PretrainPictures, normalize, read_people
 from losses import contrastive_health
-from model import SIZES, Decoder, GenPoCCL, Projector, ViT, load_file_into, meta_of
+from masks import noise_size, part_guided_mask, random_mask
+from model import SIZES, Decoder, GenPoCCL, Projector, ViT
+from weights import load_file_into, meta_of
 
 KEYS = dict(
     out=Key("runs/pretrain", "run folder"),

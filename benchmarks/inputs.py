@@ -18,6 +18,8 @@ from timing import ceiling, flops, measure, median, ratio, show
 import data
 import diffusion
 import generate
+import masks
+import masks
 from common import read_config, seed_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,15 +76,15 @@ def table_masks(cfg, rank, world, device):
 
     torch.set_num_threads(1)
     n, few, grid = 4096, 64, (16, 8)
-    keypoints, noise = random_people(n), torch.rand(n, data.noise_size(grid))
+    keypoints, noise = random_people(n), torch.rand(n, masks.noise_size(grid))
     points, numbers = keypoints.to(device), noise.to(device)
     generator = torch.Generator(device).manual_seed(0)
 
     def ours():
-        return data.part_guided_mask(points, grid, 0.5, 16, noise=numbers)
+        return masks.part_guided_mask(points, grid, 0.5, 16, noise=numbers)
 
     def ours_with_noise():
-        return data.part_guided_mask(points, grid, 0.5, 16, generator)
+        return masks.part_guided_mask(points, grid, 0.5, 16, generator)
 
     def loop():
         return [loop_mask(p, u)[0] for p, u in zip(keypoints[:few].numpy(), noise[:few].numpy())]

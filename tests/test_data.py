@@ -9,8 +9,10 @@ import torch
 from PIL import Image
 
 import data
+import masks as masking
 from common import UserError
-from data import PoseBatches, PretrainPictures, part_guided_mask, random_mask, read_people
+from data import PoseBatches, PretrainPictures, read_people
+from masks import part_guided_mask, random_mask
 
 # ------------------------------------------------------------------------------------------------------------ files
 
@@ -213,7 +215,7 @@ def loop_mask(points, noise):
     """The mask of one picture from its noise, in plain Python, as the method describes it."""
     h, w = GRID
     N, n_masked = h * w, h * w // 2
-    rounds, tries = data.BLOCK_ROUNDS, data.BLOCK_TRIES
+    rounds, tries = masking.BLOCK_ROUNDS, masking.BLOCK_TRIES
     block, order, k, amount, within, rest = np.split(noise, np.cumsum([rounds * tries * 4, 6, 1, 6, 6 * N]))
     blocked = np.zeros((h, w), bool)
     for r in range(rounds):
@@ -231,7 +233,7 @@ def loop_mask(points, noise):
                 blocked[top : top + tall, left : left + wide] = True
                 break
     parts = []
-    for links in data.PARTS:
+    for links in masking.PARTS:
         patches = np.zeros((h, w), bool)
         for a, b in links:
             if points[a, 2] > 0 and points[b, 2] > 0:
@@ -254,7 +256,7 @@ def loop_mask(points, noise):
 
 def test_part_guided_mask_equals_the_loop():
     points = random_people(40)
-    noise = torch.rand(40, data.noise_size(GRID), generator=torch.Generator().manual_seed(1))
+    noise = torch.rand(40, masking.noise_size(GRID), generator=torch.Generator().manual_seed(1))
     masks = part_guided_mask(points, GRID, 0.5, PATCH, noise=noise).numpy()
     fronts = []
     for i in range(40):
@@ -270,7 +272,7 @@ def test_mask_count_is_exact_and_rows_are_independent():
         masks = part_guided_mask(points, GRID, ratio, PATCH, torch.Generator().manual_seed(0))
         assert masks.dtype == torch.bool and masks.shape == (512, 128)
         assert (masks.sum(1) == round(ratio * 128)).all()
-    noise = torch.rand(512, data.noise_size(GRID), generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(512, masking.noise_size(GRID), generator=torch.Generator().manual_seed(0))
     whole = part_guided_mask(points, GRID, 0.5, PATCH, noise=noise)
     half = part_guided_mask(points[256:], GRID, 0.5, PATCH, noise=noise[256:])
     assert torch.equal(whole[256:], half)  # what a second rank computes
@@ -280,8 +282,8 @@ def test_number_of_parts_is_uniform_and_fraction_below_a_third():
     """One-patch picture parts far apart: the share of parts with masked front patches follows k ~ U{0..6}, U(0, .3)."""
     torch.manual_seed(0)
     points = random_people(1, missing=0.0).repeat(4000, 1, 1)
-    size = data.part_patches(points[:1], GRID, PATCH).sum(2)[0]
-    noise = torch.rand(4000, data.noise_size(GRID))
+    size = masking.part_patches(points[:1], GRID, PATCH).sum(2)[0]
+    noise = torch.rand(4000, masking.noise_size(GRID))
     k = (noise[:, 400 + 6] * 7).long()
     counts = torch.bincount(k, minlength=7) / 4000
     assert (counts - 1 / 7).abs().max() < 0.02
@@ -298,12 +300,13 @@ def test_number_of_parts_is_uniform_and_fraction_below_a_third():
 
 
 def test_no_keypoints_gives_a_pure_block_mask():
-    noise = torch.rand(300, data.noise_size(GRID), generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(300, masking.noise_size(GRID), generator=torch.Generator().manual_seed(0))
     empty = torch.zeros(300, 17, 3)
     masks = part_guided_mask(empty, GRID, 0.5, PATCH, noise=noise)
-    block = data.block_mask(noise[:, :400], GRID, 64)
+    block = masking.block_mask(noise[:, :400], GRID, 64)
     assert (masks | ~block).all()  # every block patch is masked
     assert (block.sum(1) <= 64).all() and block.sum(1).float().mean() > 60
+
     # Blocks are blocks: a masked patch has far more masked neighbours than under a random mask.
     def neighbours(m):
         m = m.view(-1, *GRID).float()

@@ -10,18 +10,8 @@ import torchvision
 import losses
 import model
 from common import UserError
-from model import (
-    SIZES,
-    ClassicHead,
-    Decoder,
-    GenPoCCL,
-    Projector,
-    SimpleHead,
-    ViT,
-    load_pretrained,
-    resized_positions,
-    sincos_positions,
-)
+from model import SIZES, ClassicHead, Decoder, GenPoCCL, Projector, SimpleHead, ViT, sincos_positions
+from weights import load_pretrained, resized_positions
 
 SIDE, P = (32, 16), 4  # a grid of 8 × 4
 GRID, N, D = (8, 4), 32, 32

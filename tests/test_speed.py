@@ -3,7 +3,6 @@
 Nothing is timed here: benchmarks/throughput.py measures.
 """
 
-import io
 import json
 import subprocess
 import sys
@@ -19,7 +18,7 @@ from torchvision.transforms import RandomResizedCrop
 import data
 import losses
 import model
-from common import UserError, seed_all
+from common import seed_all
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -56,7 +55,7 @@ def test_resize_equals_pillow_up_to_rounding(tmp_path):
     dataset = data.PretrainPictures([people], (96, 48), seed=3)
     for index in range(12):
         item = dataset[(1, index)]
-        data.seed_sample(3, 1, index)
+        seed_all(3, 1, index)
         x, y, w, h = data.padded_box(people.boxes[index], 1.25, people.size[index])
         left, top, cw, ch = data.random_crop(w, h)
         plain = data.load_picture(people.folder, people.files[index])
@@ -93,18 +92,6 @@ def test_crop_of_a_region_that_no_rectangle_fits(size, expected):
     assert data.random_crop(*size) == expected
 
 
-def test_sample_seed_gives_the_numbers_of_seed_all():
-    def numbers():
-        import random
-
-        return random.random(), np.random.rand(), torch.rand(3).tolist()
-
-    seed_all(5, 6, 7)
-    plain = numbers()
-    data.seed_sample(5, 6, 7)
-    assert numbers() == plain
-
-
 def test_normalize_is_the_formula_and_leaves_its_input_alone():
     pixels = torch.randint(256, (2, 3, 8, 4), dtype=torch.uint8)
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
@@ -115,21 +102,6 @@ def test_normalize_is_the_formula_and_leaves_its_input_alone():
 
 
 # -------------------------------------------------------------------------------------------------- annotation files
-
-
-def test_reading_in_pieces_equals_json():
-    """Every size of piece cuts the text everywhere once: inside numbers, escapes, words and entries."""
-    document = {"info": {"a": [1, {"x": 'é" ]\\'}]}, "n": 12345, "e": [], "t": [1.5, -2e3, True], "z": {}, "o": None}
-    document["images"] = [{"id": i, "f": "x" * i} for i in range(7)]
-    for text in (json.dumps(document), json.dumps(document, indent=2, ensure_ascii=False) + "\n"):
-        for piece in range(1, len(text) + 2):
-            assert data._load_in_pieces("f", io.StringIO(text), lambda entry: entry, piece) == document
-
-
-@pytest.mark.parametrize("text", ['{"a": [1 2]}', '{"a" 1}', "", "[1,2", '{"a": [1,', '{"a": tru}', '{"a": 1'])
-def test_broken_json_is_one_line(text):
-    with pytest.raises(UserError, match="cannot read f as JSON: .* at character"):
-        data._load_in_pieces("f", io.StringIO(text), lambda entry: entry, 3)
 
 
 def test_annotations_are_arrays_that_are_shared_and_not_copied(tmp_path):

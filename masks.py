@@ -1,0 +1,123 @@
+"""Which patches are hidden in pre-training: part-guided masks [HAP] and random ones [MAE], for whole batches at once.
+
+Legend: B pictures on this rank · N patches · h, w patch grid. Masks are bool (B, N), True = masked.
+Frame: keypoints in input pixels, pixel centres at whole numbers; third column 0 = missing.
+"""
+
+import math
+
+import torch
+
+# Six body parts as COCO-17 links [HAP].
+PARTS = (
+    ((0, 1), (0, 2), (1, 2), (1, 3), (2, 4)),  # head
+    ((5, 7), (7, 9)),  # left arm
+    ((6, 8), (8, 10)),  # right arm
+    ((11, 13), (13, 15)),  # left leg
+    ((12, 14), (14, 16)),  # right leg
+    ((6, 11), (5, 12)),  # torso
+)
+BLOCK_ROUNDS, BLOCK_TRIES, BLOCK_PATCHES, BLOCK_ASPECT = 10, 10, 12, 0.3  # tries, patches, aspect [HAP]; rounds ours
+
+
+def noise_size(grid):
+    """Uniform numbers one picture's mask uses up."""
+    n = grid[0] * grid[1]
+    return BLOCK_ROUNDS * BLOCK_TRIES * 4 + 13 + 6 * n + n
+
+
+def part_guided_mask(keypoints, grid, mask_ratio, patch_size, generator=None, noise=None):
+    """Part-guided masks [HAP], for a whole batch at once.
+
+    keypoints: (B, 17, 3) COCO-17 joints in input pixels, third column 0 = missing · grid: (h, w) patches.
+    generator: where the randomness comes from, or noise: (B, noise_size(grid)) uniform numbers drawn by the caller for
+    the global batch and cut to this rank's rows, which makes masks independent of the number of ranks.
+    → bool (B, h·w), True = masked, exactly round(mask_ratio · h·w) per row.
+    """
+    B, N = len(keypoints), grid[0] * grid[1]
+    if noise is None:
+        device = keypoints.device if generator is None else generator.device
+        noise = torch.rand(B, noise_size(grid), generator=generator, device=device)
+    noise = noise.to(keypoints.device)
+    n_masked = round(mask_ratio * N)
+    block, order, k, amount, within, rest = noise.split([BLOCK_ROUNDS * BLOCK_TRIES * 4, 6, 1, 6, 6 * N, N], 1)
+
+    # Levels of the masking order: part 0..5 in this picture's shuffled order, 6 block-masked, 7 the rest.
+    level = torch.where(block_mask(block, grid, n_masked), 6, 7)
+    part = part_patches(keypoints, grid, patch_size)  # (B, 6, N)
+    size = part.sum(2)  # (B, 6) patches of each part
+    # Shuffle the parts, unusable ones last; rank of each part in that order.
+    rank = torch.where(size > 0, order, order + 1).argsort(1).argsort(1)
+    first_k = rank < (k * 7).long()  # k ~ U{0..6}. deviates from HAP's release, which draws k wrongly (always 0 soon)
+    chosen = (size * amount * 0.3).long() * (first_k & (size > 0))  # floor(n · U(0, .3)) patches of each such part
+    # A random `chosen` of the part's patches: those whose noise is below its chosen-th smallest.
+    within = within.view(B, 6, N).masked_fill(~part, 2.0)
+    bound = within.sort(2).values.gather(2, (chosen - 1).clamp(min=0).unsqueeze(2))
+    front = (within <= bound) & (chosen > 0).unsqueeze(2)
+    level = torch.where(front, rank.unsqueeze(2), 7).amin(1).minimum(level)
+    # Mask the front of the order; ties inside a level fall at random.
+    return front_of_order(level + rest, n_masked)
+
+
+def front_of_order(score, n_masked):
+    """(B, N) scores → bool mask of the n_masked smallest of each row, exactly."""
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    return mask.scatter_(1, score.argsort(1)[:, :n_masked], True)
+
+
+def random_mask(noise, mask_ratio):
+    """[MAE] noise (B, N) uniform → bool (B, N), exactly round(mask_ratio · N) random patches per row."""
+    return front_of_order(noise, round(mask_ratio * noise.shape[1]))
+
+
+def part_patches(keypoints, grid, patch_size):
+    """(B, 17, 3) → bool (B, 6, N): each part's patches = union of the patch rectangles its links' end points span."""
+    h, w = grid
+    limit = torch.tensor([w - 1, h - 1], device=keypoints.device)
+    cell = (keypoints[..., :2] / patch_size).floor().long().clamp(min=0).minimum(limit)  # (B, 17, 2) column, row
+    links = torch.tensor([link for part in PARTS for link in part], device=keypoints.device)  # (L, 2)
+    a, b = cell[:, links[:, 0]], cell[:, links[:, 1]]  # (B, L, 2)
+    valid = (keypoints[..., 2] > 0)[:, links].all(2)  # a link with a missing end point is skipped
+    low, high = a.minimum(b), a.maximum(b)
+    columns, rows = torch.arange(w, device=cell.device), torch.arange(h, device=cell.device)
+    across = (columns >= low[..., :1]) & (columns <= high[..., :1])  # (B, L, w)
+    down = (rows >= low[..., 1:]) & (rows <= high[..., 1:]) & valid.unsqueeze(2)  # (B, L, h)
+    patches = down.unsqueeze(3) & across.unsqueeze(2)  # (B, L, h, w)
+    parts = patches.split([len(part) for part in PARTS], 1)
+    return torch.stack([p.any(1) for p in parts], 1).flatten(2)
+
+
+def block_mask(noise, grid, budget):
+    """Block mask [HAP, BEiT]: random rectangles, never beyond the budget; may stop short. → bool (B, N).
+
+    Each round draws up to 10 rectangles (≥ 12 patches, aspect log-uniform in [.3, 1/.3]) and keeps the first that fits
+    the grid and adds between 1 and the remaining budget of new patches. All pictures run a round together.
+    """
+    (h, w), B = grid, len(noise)
+    noise = noise.view(B, BLOCK_ROUNDS, 4, BLOCK_TRIES)
+    mask = torch.zeros(B, h, w, dtype=torch.bool, device=noise.device)
+    rows, columns = torch.arange(h, device=noise.device), torch.arange(w, device=noise.device)
+    bound = -math.log(BLOCK_ASPECT)
+    for r in range(BLOCK_ROUNDS):
+        area_u, aspect_u, top_u, left_u = noise[:, r].unbind(1)  # (B, tries) each
+        left_over = budget - mask.sum((1, 2)).unsqueeze(1)  # (B, 1)
+        area = BLOCK_PATCHES + area_u * (left_over - BLOCK_PATCHES).clamp(min=0)
+        aspect = torch.exp((2 * aspect_u - 1) * bound)
+        tall, wide = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+        top = (top_u * (h - tall + 1).clamp(min=1)).long()
+        left = (left_u * (w - wide + 1).clamp(min=1)).long()
+        bottom, right = (top + tall).clamp(max=h), (left + wide).clamp(max=w)
+        # Patches already masked inside each rectangle, from sums over the upper left.
+        sums = torch.nn.functional.pad(mask.int().cumsum(1).cumsum(2), (1, 0, 1, 0)).view(B, -1)
+
+        def inside(y, x, sums=sums):
+            return sums.gather(1, y * (w + 1) + x)
+
+        old = inside(bottom, right) - inside(top, right) - inside(bottom, left) + inside(top, left)
+        new = tall * wide - old
+        fits = (tall <= h) & (wide <= w) & (new > 0) & (new <= left_over)
+        pick = fits.int().argmax(1, keepdim=True)  # the first that fits
+        top, bottom, left, right = (v.gather(1, pick) for v in (top, bottom, left, right))
+        down = (rows >= top) & (rows < bottom) & fits.any(1, keepdim=True)
+        mask |= down.unsqueeze(2) & ((columns >= left) & (columns < right)).unsqueeze(1)
+    return mask.flatten(1)
