@@ -93,6 +93,7 @@ KEYS = dict(
     # optimiser
     lr=Key(5.0e-4, "AdamW learning rate at `batch`", "[ViTPose]; HAP 2e-4", low=0),
     weight_decay=Key(0.1, "AdamW weight decay, not on 1-D parameters, tokens, positions", "[ViTPose]", low=0),
+    beta2=Key(0.999, "AdamW β2 (β1 = .9)", "[ViTPose]", low=0, high=0.99999),
     layer_decay=Key(0.75, "learning rate factor per layer from the top", "[ViTPose]; HAP .8", low=0.01, high=1),
     clip_grad=Key(1.0, "largest gradient norm; 0 = no clipping", "[ViTPose]", low=0),
     schedule=Key("step", "step: × 0.1 at each milestone; or cosine", "[ViTPose]", ("step", "cosine")),
@@ -212,7 +213,7 @@ def build_model(cfg, n_joints):
 def build_optimizer(cfg, model):
     depth = model.encoder.depth
     groups = parameter_groups(model, cfg.weight_decay, cfg.layer_decay, lambda name: layer_of(name, depth), depth + 1)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)  # β [ViTPose]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, cfg.beta2), fused=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
