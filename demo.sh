@@ -8,7 +8,7 @@ started=$SECONDS
 
 # Stage 1: a pose-consistent set to pre-train on, and labelled people for the tasks. Other poses in each.
 run generate.py --cfg configs/generate_demo.yaml
-run generate.py --cfg configs/generate_demo.yaml out=runs/demo/pose_train poses=600 first_pose=100000 pictures_per_pose=1 width=96
+run generate.py --cfg configs/generate_demo.yaml out=runs/demo/pose_train poses=2400 first_pose=100000 pictures_per_pose=1 width=96
 run generate.py --cfg configs/generate_demo.yaml out=runs/demo/pose_val poses=200 first_pose=200000 pictures_per_pose=1 width=96
 run generate.py --cfg configs/generate_people_demo.yaml
 
@@ -31,7 +31,7 @@ ROWS = [
     ("2-D pose, PCK@.2", "pose", "PCK@.2"),
     ("person ReID, mAP", "reid", "mAP"),
     ("attributes, mA", "par", "mA"),
-    ("text-to-image ReID, R@1", "t2i", "R@1"),
+    ("text-to-image ReID, R@1", "t2i", "t2i_R1"),
 ]
 print(f"\n{'task, metric':26}{'from scratch':>14}{'pre-trained':>14}")
 for title, task, metric in ROWS:
