@@ -29,6 +29,9 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------ errors for people
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class UserError(Exception):
     """Something the user can mend. The message is one line: what, where, what to do. Exit code 2."""
 
@@ -43,7 +46,7 @@ def run_stage(main):
         # A DataLoader worker wraps the message in a traceback; the message itself is the last line.
         fail(str(error).strip().splitlines()[-1].removeprefix("common.UserError: "))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in DISK_FULL:
             raise
         fail(f"disk full while writing {error.filename or 'the run folder'}: free space, then run the same command")
     finally:
@@ -348,11 +351,15 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors wrap a failed write in errors of their own, so the disk itself is asked, while the
+        # part still fills it.
+        full = getattr(error, "errno", None) in DISK_FULL
+        full = full or not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < 1 << 20
         temporary.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        # torch and safetensors wrap a failed write in errors of their own, so the disk itself is asked too.
-        if full or not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < 64 << 20:
-            raise UserError(f"disk full while writing {path}; the previous one is untouched") from None
+        if full:
+            raise UserError(
+                f"disk full while writing {path}; the previous one is untouched; free space"
+            ) from None
         raise
 
 

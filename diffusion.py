@@ -58,7 +58,7 @@ def load_pretrained(name, key, load):
         huggingface_hub.HfApi().auth_check(name)  # quick and plain, where loading would try again for half a minute
         return load(name)
     except huggingface_hub.errors.GatedRepoError:
-        raise UserError(f"{key}={name} is gated: accept its licence at huggingface.co/{name}, then {get}") from None
+        raise UserError(f"{key}={name} is gated: accept its licence on its hub page, then {get}") from None
     except huggingface_hub.errors.RepositoryNotFoundError:
         raise UserError(f"{key}={name} is neither a folder nor a model on the hub (or it is private); {get}") from None
     except Exception as error:

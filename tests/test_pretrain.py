@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -168,6 +170,33 @@ def test_damaged_or_foreign_checkpoints(sets, plain, tmp_path):
     torch.save(state, out / "last.pt")
     done = run_script("pretrain.py", *command)
     assert done.returncode == 2 and "encoder.cls_token has shape (1, 1, 7)" in done.stderr
+
+
+def test_full_disk_keeps_the_last_checkpoint(sets, tmp_path):
+    """A small disk of its own: it fills up between two checkpoints."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120m", "tmpfs", str(disk)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("this user cannot mount a small disk")
+    try:
+        command = arguments(sets, disk / "run", "epochs=40", "save_every=2")
+        process = run_script("pretrain.py", *command, start_only=True)
+        while not (disk / "run/last.pt").exists() and process.poll() is None:
+            time.sleep(0.05)
+        (disk / "filler").write_bytes(
+            bytes(shutil.disk_usage(disk).free - (20 << 20))
+        )  # too little
+        assert process.wait(timeout=120) == 2
+        message = process.stderr.read().strip().splitlines()[-1]
+        process.stderr.close()
+        assert "disk full" in message, message
+        assert load_checkpoint(disk / "run/last.pt")["step"] >= 2
+        assert not list((disk / "run").glob(".*"))  # nothing half-written is left
+    finally:
+        process.kill()
+        process.wait()
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_pickle_from_a_stranger_never_runs(sets, tmp_path):
