@@ -204,14 +204,14 @@ def draw_masks(cfg, keypoints, grid, step, rank, world):
     if cfg.mask == "none":
         return [None] * cfg.views
     n = noise_size(grid) if cfg.mask == "part" else grid[0] * grid[1]
-    masks = []
-    for view in range(cfg.views):
-        noise = rank_noise((cfg.seed, step, view), len(keypoints) * world, n, rank, world, keypoints.device)
-        if cfg.mask == "part":
-            masks.append(part_guided_mask(keypoints, grid, cfg.mask_ratio, cfg.patch, noise=noise))
-        else:
-            masks.append(random_mask(noise, cfg.mask_ratio))
-    return masks
+    views, batch, device = range(cfg.views), len(keypoints) * world, keypoints.device
+    noise = torch.cat([rank_noise((cfg.seed, step, view), batch, n, rank, world, device) for view in views])
+    if cfg.mask == "part":  # all views in one call: for small batches the calls cost more than the work
+        keypoints = keypoints.repeat(cfg.views, 1, 1)
+        masks = part_guided_mask(keypoints, grid, cfg.mask_ratio, cfg.patch, noise=noise)
+    else:
+        masks = random_mask(noise, cfg.mask_ratio)
+    return list(masks.chunk(cfg.views))
 
 
 def train(cfg, model, optimizer, dataset, batches, first, total, log, rank, world, device):
