@@ -357,9 +357,7 @@ def write_atomic(path, write):
         full = full or not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < 1 << 20
         temporary.unlink(missing_ok=True)
         if full:
-            raise UserError(
-                f"disk full while writing {path}; the previous one is untouched; free space"
-            ) from None
+            raise UserError(f"disk full while writing {path}; the previous one is untouched; free space") from None
         raise
 
 

@@ -184,9 +184,7 @@ def test_full_disk_keeps_the_last_checkpoint(sets, tmp_path):
         process = run_script("pretrain.py", *command, start_only=True)
         while not (disk / "run/last.pt").exists() and process.poll() is None:
             time.sleep(0.05)
-        (disk / "filler").write_bytes(
-            bytes(shutil.disk_usage(disk).free - (20 << 20))
-        )  # too little
+        (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free - (20 << 20)))  # too little
         assert process.wait(timeout=120) == 2
         message = process.stderr.read().strip().splitlines()[-1]
         process.stderr.close()
