@@ -19,7 +19,8 @@ SMALL = {
     "configs/generate_people_demo.yaml": "out={tmp}/people persons_train=8 persons_val=2 persons_test=4 workers=0",
     "configs/generate_lspet_puppet.yaml": "out={tmp}/lspet poses=4 workers=0",
     "configs/pretrain_demo.yaml": "out={tmp}/pretrain annotations={tmp}/set/annotations.json batch=16 epochs=1",
-    "configs/finetune_pose_lspet.yaml": "out={tmp}/pose encoder={tmp}/pretrain/encoder.safetensors limit=16 epochs=1",
+    "configs/finetune_pose_lspet.yaml": "out={tmp}/pose encoder={tmp}/pretrain/encoder.safetensors epochs=1 "
+    "limit=16 batch=8",
     "configs/finetune_reid_demo.yaml": "out={tmp}/reid data={tmp}/people people=4 epochs=1",
     "configs/finetune_par_demo.yaml": "out={tmp}/par epochs=1 batch=16 train={tmp}/people/attributes_train.csv "
     "val={tmp}/people/attributes_val.csv test={tmp}/people/attributes_test.csv",
@@ -62,17 +63,17 @@ def test_every_config_is_valid(path):
 
 def test_laptop_commands_run(tmp_path):
     ran = 0
-    for command in COMMANDS:
-        small = next((change for key, change in SMALL.items() if key in command), None)
-        if command.startswith("torchrun") or small is None:
-            continue
+    for key, small in SMALL.items():  # in the order in which one needs what another wrote
+        command = next(c for c in reversed(COMMANDS) if key in c and not c.startswith("torchrun"))
         if "$GENPOCCL_DATA" in command and not os.environ.get("GENPOCCL_DATA"):
             continue
         script, arguments = words_of(command)
+        if "weights={tmp}/pose" in small and not (tmp_path / "pose").exists():
+            continue  # its weights come from a command that needs real pictures
         done = run_script(script, *arguments, *small.format(tmp=tmp_path).split())
         assert done.returncode == 0, f"{command}\n{done.stderr[-2000:]}"
         ran += 1
-    assert ran >= 5
+    assert ran >= 6
     for name in (
         "set/sheet.png",
         "pretrain/encoder.safetensors",
