@@ -6,6 +6,7 @@ A sample is a function of (seed, epoch, index) alone: worker count and world siz
 """
 
 import json
+import os
 from array import array
 from pathlib import Path
 from typing import NamedTuple
@@ -219,7 +220,7 @@ def find_bad_pictures(people):
 
 def load_picture(folder, name, size=None):
     """RGB PIL picture; UserError names a file that is missing, damaged or of another size than its annotation says."""
-    path = f"{folder}/{name.decode() if isinstance(name, bytes) else name}"
+    path = os.path.join(folder, name.decode() if isinstance(name, bytes) else name)
     try:
         picture = Image.open(path)
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
