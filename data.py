@@ -201,7 +201,7 @@ def find_bad_pictures(people):
     bad = []
     for name in dict.fromkeys(people.files.tolist()):
         try:
-            with open(f"{people.folder}/{name.decode()}", "rb", buffering=0) as file:
+            with open(os.path.join(people.folder, name.decode()), "rb", buffering=0) as file:
                 end = file.seek(0, 2)
                 if end == 0:
                     bad.append((name.decode(), "empty"))

@@ -105,6 +105,14 @@ def test_bad_pictures_are_named_counted_and_left_out_up_to_max_bad(tmp_path):
         PoseBatches(dataset, 3, 3, [], 0)
 
 
+def test_pictures_by_relative_and_absolute_names(tmp_path, monkeypatch):
+    write_set(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    absolute = str(tmp_path / "images/000.jpg")
+    for folder, name in (("images", "000.jpg"), ("", "images/000.jpg"), ("elsewhere", absolute)):
+        assert data.load_picture(folder, name).size == (32, 64)
+
+
 def test_picture_of_another_size_than_declared(tmp_path):
     people, _ = read_people(write_set(tmp_path))
     Image.new("RGB", (10, 10)).save(tmp_path / "images/000.jpg")
