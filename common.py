@@ -452,10 +452,9 @@ class Log:
         if self.bar is not None:
             self.bar.update(1)
 
-    def rate(self, step, batch):
-        """Pictures per second since the last call."""
-        now, (then, before) = time.perf_counter(), self.last
-        self.last = (now, step)
+    def rate(self, now, step, batch):
+        """Pictures per second since the last call; `now`: when `step` ended, seconds of perf_counter."""
+        (then, before), self.last = self.last, (now, step)
         return batch * (step - before) / max(now - then, 1e-9)
 
     def write(self, shown=(), **row):
@@ -487,6 +486,7 @@ class Figures:
 
     def __init__(self, step, lr, values, index, bad):
         self.step, self.lr, self.names, self.index = step, lr, list(values), index
+        self.time = time.perf_counter()
         own = torch.stack([value.detach().float() for value in values.values()])[None]
         ranks = own
         if dist.is_initialized():
@@ -520,5 +520,5 @@ def settle(figures, log, name_of, batch, every, shown):
         )
     if figures.step % every == 0:
         row = dict(zip(figures.names, figures.ranks.mean(0).tolist()))
-        row["pictures_per_s"] = log.rate(figures.step + 1, batch)
+        row["pictures_per_s"] = log.rate(figures.time, figures.step + 1, batch)
         log.write(step=figures.step + 1, lr=figures.lr, **row, shown=(*shown, "pictures_per_s"))

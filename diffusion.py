@@ -36,6 +36,13 @@ ADAPTERS = {
     ("controlnet", "openpose"): "lllyasviel/control_v11p_sd15_openpose",
 }
 
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "dpm++": "DPMSolverMultistepScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "pndm": "PNDMScheduler",
+}
+
 DRAW = {"keypose": pictures.draw_keypose, "openpose": pictures.draw_openpose}
 
 # ------------------------------------------------------------------------------------------------------------- painting
@@ -82,12 +89,7 @@ def load_painter(cfg, device):
         extra = {"controlnet": load_pretrained(cfg.adapter, "adapter", diffusers.ControlNetModel.from_pretrained)}
         load = partial(diffusers.StableDiffusionControlNetPipeline.from_pretrained, **extra)
     pipe = load_pretrained(cfg.model, "model", load)
-    scheduler = {
-        "ddim": diffusers.DDIMScheduler,
-        "dpm++": diffusers.DPMSolverMultistepScheduler,
-        "euler": diffusers.EulerDiscreteScheduler,
-        "pndm": diffusers.PNDMScheduler,
-    }[cfg.scheduler]
+    scheduler = getattr(diffusers, SCHEDULERS[cfg.scheduler])
     pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     torch.backends.cudnn.deterministic = True

@@ -67,8 +67,8 @@ KEYS = {
         choices=("auto", "keypose", "openpose")
     ),
     "resolution": Key(512, "pictures have about resolution² pixels, sides multiples of 64", "[T2I-Adapter]", low=64),
-    "scheduler": Key("ddim", "sampler", "[T2I-Adapter]", ("ddim", "dpm++", "euler", "pndm")),
-    "steps": Key(50, "denoising steps", "[T2I-Adapter]", low=1),
+    "scheduler": Key("dpm++", "sampler", "[T2I-Adapter] ddim; paper silent", ("ddim", "dpm++", "euler", "pndm")),
+    "steps": Key(20, "denoising steps", "[DPM-Solver++] 15 to 20; [T2I-Adapter] 50 of ddim", low=1),
     "guidance": Key(7.5, "classifier-free guidance", "[T2I-Adapter]", low=0.0),
     "adapter_weight": Key(1.0, "strength of the condition", "[T2I-Adapter]", low=0.0),
     "precision": Key("auto", "auto: bf16 on CUDA, else float32", "ours", ("auto", "float32", "bf16", "fp16")),

@@ -273,3 +273,42 @@ def table_generate(cfg, rank, world, device):
         rows.append(row | memory.get(name, {}))
     size = "SD 1.4's and the adapter's sizes" if real else "small sizes: shows that the harness runs, no figure for SD"
     show(f"generate: {size}, {side}x{side}, ours {mine.scheduler} {mine.steps} steps; plain DDIM 50 steps", rows)
+    rows = [
+        {"sampler": name, "steps": n, "distance_to_the_end": sampling_error(pipe.scheduler.config, name, n)}
+        for name, n in (("ddim", 50), ("dpm++", 10), ("dpm++", 20), ("dpm++", 50))
+    ]
+    show("generate: what fewer steps cost where the exact noise prediction is known, guidance 7.5", rows)
+
+
+@torch.no_grad()
+def sampling_error(config, name, steps, guidance=7.5, samples=256, side=64):
+    """Root mean square distance of a sampler's pictures to those of 999 DDIM steps from the same noise.
+
+    The pictures' law is known: 256 points of `side` numbers (unit variance, amplitudes falling like a photograph's),
+    each with normal noise of .1 around it. So the noise prediction has a closed form; the condition allows 16 of them.
+    """
+    import diffusers
+
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(256, side, generator=generator, dtype=torch.float64) / torch.arange(1, side + 1)
+    centres *= side**0.5 / centres.square().sum(1).mean().sqrt()
+    noise = torch.randn(samples, side, generator=generator, dtype=torch.float64)
+
+    def predicted(x, signal, rest, points):
+        """E[noise | x] for x = signal · picture + rest · noise."""
+        variance = (0.1 * signal) ** 2 + rest**2
+        weight = (-torch.cdist(x, signal * points).square() / (2 * variance)).softmax(1)
+        return rest * (x - signal * weight @ points) / variance
+
+    def run(name, steps):
+        config_of_sd = {**config, "clip_sample": False}  # says the file of SD 1.4; PNDM itself has no such key
+        scheduler = getattr(diffusers, diffusion.SCHEDULERS[name]).from_config(config_of_sd)
+        scheduler.set_timesteps(steps)
+        x = noise
+        for t in scheduler.timesteps:
+            signal, rest = scheduler.alphas_cumprod[t].sqrt(), (1 - scheduler.alphas_cumprod[t]).sqrt()
+            free, asked = (predicted(x, signal, rest, points) for points in (centres, centres[:16]))
+            x = scheduler.step(free + guidance * (asked - free), t, x).prev_sample
+        return x
+
+    return (run(name, steps) - run("ddim", 999)).square().mean().sqrt().item()
