@@ -17,7 +17,8 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import v2
 
-from common import UserError, seed_all
+from common import seed_all
+from config import UserError
 from masks import part_guided_mask  # noqa: F401  data.part_guided_mask is its public name
 
 COCO_JOINTS = (

@@ -27,12 +27,9 @@ import pictures
 from attributes import THRESHOLD, AttributePictures, Split, attribute_metrics, read_attributes, weighted_bce
 from common import (
     Figures,
-    Key,
     Log,
-    UserError,
     autocast,
     barrier,
-    check_job,
     distributed,
     gather_rows,
     learning_rate,
@@ -41,9 +38,7 @@ from common import (
     open_run,
     parameter_groups,
     rank_share,
-    read_config,
     resume,
-    run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
@@ -53,6 +48,7 @@ from common import (
     write_atomic,
     write_json,
 )
+from config import Key, UserError, check_job, read_config, run_stage
 from data import EpochBatches, load_picture, normalize
 from model import SIZES, TOKENS, feature_width, token_features
 from reid import picture_names

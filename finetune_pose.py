@@ -27,12 +27,9 @@ import pose
 import pose_data
 from common import (
     Figures,
-    Key,
     Log,
-    UserError,
     autocast,
     barrier,
-    check_job,
     distributed,
     gather_rows,
     learning_rate,
@@ -42,9 +39,7 @@ from common import (
     parameter_groups,
     rank_noise,
     rank_share,
-    read_config,
     resume,
-    run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
@@ -53,6 +48,7 @@ from common import (
     start_ranks,
     write_json,
 )
+from config import Key, UserError, check_job, read_config, run_stage
 from data import EpochBatches, load_picture, normalize
 from model import SIZES, ClassicHead, SimpleHead, layer_of
 from weights import load_encoder, meta_of, use_meta

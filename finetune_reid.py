@@ -27,12 +27,9 @@ import pictures
 import reid
 from common import (
     Figures,
-    Key,
     Log,
-    UserError,
     autocast,
     barrier,
-    check_job,
     distributed,
     gather_rows,
     learning_rate,
@@ -42,9 +39,7 @@ from common import (
     parameter_groups,
     rank_noise,
     rank_share,
-    read_config,
     resume,
-    run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
@@ -54,6 +49,7 @@ from common import (
     write_atomic,
     write_json,
 )
+from config import Key, UserError, check_job, read_config, run_stage
 from data import load_picture, normalize
 from model import SIZES, TOKENS, GlobalBatchNorm, feature_width, layer_of, token_features
 from reid import evaluate_features, ranking_metrics, triplet_loss

@@ -36,12 +36,9 @@ from captions import (
 )
 from common import (
     Figures,
-    Key,
     Log,
-    UserError,
     autocast,
     barrier,
-    check_job,
     distributed,
     gather_rows,
     learning_rate,
@@ -50,9 +47,7 @@ from common import (
     open_run,
     rank_noise,
     rank_share,
-    read_config,
     resume,
-    run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
@@ -61,6 +56,7 @@ from common import (
     start_ranks,
     write_json,
 )
+from config import Key, UserError, check_job, read_config, run_stage
 from data import EpochBatches, load_picture, normalize
 from losses import no_autocast
 from model import SIZES, TOKENS, feature_width, token_features

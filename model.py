@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError
+from config import UserError
 from losses import (
     alignment_loss,
     full_precision,

@@ -20,9 +20,7 @@ from torch.utils.data import DataLoader
 import pictures
 from common import (
     Figures,
-    Key,
     Log,
-    UserError,
     autocast,
     barrier,
     distributed,
@@ -30,9 +28,7 @@ from common import (
     open_run,
     parameter_groups,
     rank_noise,
-    read_config,
     resume,
-    run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
@@ -40,6 +36,7 @@ from common import (
     settle,
     start_ranks,
 )
+from config import Key, UserError, read_config, run_stage
 from data import PoseBatches, PretrainPictures, normalize, read_people
 from losses import contrastive_health
 from masks import noise_size, part_guided_mask, random_mask

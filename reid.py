@@ -17,7 +17,8 @@ from PIL import Image
 from torch.utils.data import Dataset, Sampler
 from torchvision.transforms import RandomErasing
 
-from common import UserError, rank_rows, seed_all
+from common import rank_rows, seed_all
+from config import UserError
 from data import IMAGENET_MEAN, IMAGENET_STD, find_bad_pictures, load_picture
 from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
 

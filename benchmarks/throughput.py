@@ -43,7 +43,8 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import model as ours  # noqa: E402
 import pretrain  # noqa: E402
-from common import Key, autocast, parameter_groups, read_config, run_stage, seed_all, start_ranks  # noqa: E402
+from common import autocast, parameter_groups, seed_all, start_ranks  # noqa: E402
+from config import Key, read_config, run_stage  # noqa: E402
 
 KEYS = pretrain.KEYS | dict(
     size=Key("small", "encoder size", choices=tuple(ours.SIZES)),

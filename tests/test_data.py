@@ -10,7 +10,7 @@ from PIL import Image
 
 import data
 import masks as masking
-from common import UserError
+from config import UserError
 from data import PoseBatches, PretrainPictures, read_people
 from masks import part_guided_mask, random_mask
 

@@ -16,7 +16,8 @@ from sklearn.metrics import balanced_accuracy_score, jaccard_score, precision_sc
 
 import attributes
 import finetune_par
-from common import UserError, load_checkpoint
+from common import load_checkpoint
+from config import UserError
 from data import EpochBatches
 from finetune_par import attribute_metrics, weighted_bce
 

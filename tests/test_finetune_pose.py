@@ -22,7 +22,8 @@ import finetune_pose
 import model
 import pose
 import pose_data
-from common import UserError, parameter_groups, read_config
+from common import parameter_groups
+from config import UserError, read_config
 from data import COCO_JOINTS
 
 DATA = os.environ.get("GENPOCCL_DATA")
@@ -57,11 +58,11 @@ def script(folder):
     path.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         f"import model; model.SIZES['tiny'] = {SMALL!r}\n"
-        "import common, finetune_pose, torch\n"
+        "import config, finetune_pose, torch\n"
         "if 'sgd' in sys.argv:\n"
         "    sys.argv.remove('sgd')\n"
         "    finetune_pose.build_optimizer = lambda cfg, model: torch.optim.SGD(model.parameters(), lr=0.0)\n"
-        "common.run_stage(finetune_pose.main)\n"
+        "config.run_stage(finetune_pose.main)\n"
     )
     return path
 

@@ -13,7 +13,8 @@ from PIL import Image
 import finetune_reid
 import losses
 import reid
-from common import UserError, load_checkpoint
+from common import load_checkpoint
+from config import UserError
 from finetune_reid import ranking_metrics, triplet_loss
 from model import layer_of
 

@@ -9,7 +9,7 @@ import torchvision
 
 import losses
 import model
-from common import UserError
+from config import UserError
 from model import SIZES, ClassicHead, Decoder, GenPoCCL, Projector, SimpleHead, ViT, sincos_positions
 from weights import load_pretrained, resized_positions
 
