@@ -50,7 +50,8 @@ from common import (
 )
 from config import Key, UserError, check_job, read_config, run_stage
 from data import EpochBatches, load_picture, normalize
-from model import SIZES, TOKENS, feature_width, token_features
+from heads import TOKENS, feature_width, token_features
+from model import SIZES
 from reid import picture_names
 from weights import load_encoder, meta_of, use_meta
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 from torch.utils.data import DataLoader
 
 import pictures
@@ -50,7 +49,8 @@ from common import (
 )
 from config import Key, UserError, check_job, read_config, run_stage
 from data import EpochBatches, load_picture, normalize
-from model import SIZES, ClassicHead, SimpleHead, layer_of
+from heads import ClassicHead, PoseModel, SimpleHead
+from model import SIZES, layer_of
 from weights import load_encoder, meta_of, use_meta
 
 KEYS = dict(
@@ -169,27 +169,6 @@ def check(cfg):
 
 
 # ------------------------------------------------------------------------------------------------------------- model
-
-
-class PoseModel(nn.Module):
-    """ViT → patch tokens (with or without the special tokens' help) → head → heat maps."""
-
-    def __init__(self, encoder, head, tokens):
-        super().__init__()
-        self.encoder, self.head, self.tokens = encoder, head, tokens
-        if tokens != "drop" and encoder.n_special < 2:
-            raise UserError(f"tokens={tokens} needs an encoder with [POSE]; this one has none: use tokens=drop")
-
-    def forward(self, images, drop_noise=None):
-        """images (B, 3, H, W) normalised, drop_noise (2·depth, B) or None → heat maps (B, K, h, w)."""
-        x = self.encoder(images, drop_noise=drop_noise)  # (B, S + N, D)
-        special, patches = x.tensor_split([self.encoder.n_special], 1)
-        # paper silent: how [POSE] takes part downstream. HAP drops [CLS].
-        if self.tokens == "add":
-            patches = patches + special[:, 1:]
-        elif self.tokens == "add_cls_pose":
-            patches = patches + special.sum(1, keepdim=True)
-        return self.head(patches, self.encoder.grid)
 
 
 def build_model(cfg, n_joints):

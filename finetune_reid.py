@@ -51,7 +51,8 @@ from common import (
 )
 from config import Key, UserError, check_job, read_config, run_stage
 from data import load_picture, normalize
-from model import SIZES, TOKENS, GlobalBatchNorm, feature_width, layer_of, token_features
+from heads import TOKENS, GlobalBatchNorm, feature_width, token_features
+from model import SIZES, layer_of
 from reid import evaluate_features, ranking_metrics, triplet_loss
 from weights import load_encoder, meta_of, use_meta
 

@@ -58,8 +58,9 @@ from common import (
 )
 from config import Key, UserError, check_job, read_config, run_stage
 from data import EpochBatches, load_picture, normalize
+from heads import TOKENS, feature_width, token_features
 from losses import no_autocast
-from model import SIZES, TOKENS, feature_width, token_features
+from model import SIZES
 from reid import picture_names
 from weights import load_encoder, meta_of, use_meta
 

@@ -38,9 +38,10 @@ from common import (
 )
 from config import Key, UserError, read_config, run_stage
 from data import PoseBatches, PretrainPictures, normalize, read_people
+from heads import Projector
 from losses import contrastive_health
 from masks import noise_size, part_guided_mask, random_mask
-from model import SIZES, Decoder, GenPoCCL, Projector, ViT
+from model import SIZES, Decoder, GenPoCCL, ViT
 from weights import load_file_into, meta_of
 
 KEYS = dict(

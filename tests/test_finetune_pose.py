@@ -19,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
 import finetune_pose
+import heads
 import model
 import pose
 import pose_data
@@ -384,9 +385,7 @@ def test_mpii_head_sizes_and_pckh(tmp_path):
 
 
 def test_layer_decay_ids_and_groups():
-    net = finetune_pose.PoseModel(
-        model.ViT(32, 2, 2, (64, 48), 8, trainable_positions=True), model.SimpleHead(32, 3), "add"
-    )
+    net = heads.PoseModel(model.ViT(32, 2, 2, (64, 48), 8, trainable_positions=True), heads.SimpleHead(32, 3), "add")
     ids = {name: model.layer_of(name, 2) for name, _ in net.named_parameters()}
     for name in ("patch_embed.proj.weight", "cls_token", "pose_token", "pos_embed"):
         assert ids[f"encoder.{name}"] == 0
@@ -407,7 +406,7 @@ def test_layer_decay_ids_and_groups():
 @pytest.mark.parametrize("tokens", ["drop", "add", "add_cls_pose"])
 def test_tokens_decide_what_the_head_sees(tokens):
     torch.manual_seed(0)
-    net = finetune_pose.PoseModel(model.ViT(32, 2, 2, (64, 48), 8), model.SimpleHead(32, 3), tokens)
+    net = heads.PoseModel(model.ViT(32, 2, 2, (64, 48), 8), heads.SimpleHead(32, 3), tokens)
     x = torch.randn(2, 50, 32)
     net.encoder.forward = lambda images, drop_noise=None: x
     seen = []

@@ -10,7 +10,8 @@ import torchvision
 import losses
 import model
 from config import UserError
-from model import SIZES, ClassicHead, Decoder, GenPoCCL, Projector, SimpleHead, ViT, sincos_positions
+from heads import ClassicHead, Projector, SimpleHead
+from model import SIZES, Decoder, GenPoCCL, ViT, sincos_positions
 from weights import load_pretrained, resized_positions
 
 SIDE, P = (32, 16), 4  # a grid of 8 × 4
