@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
 
-import pictures
+import sheets
 from attributes import THRESHOLD, AttributePictures, Split, attribute_metrics, read_attributes, weighted_bce
 from common import (
     Figures,
@@ -321,12 +321,12 @@ def finish(cfg, model, names, splits, log, rank, world, device):
     write_csv(out / "attributes.csv", ("attribute", "train_positive", "test_positive", "mA", "tpr", "tnr"), table)
     summary = {name: scores[name] for name in (*HEADLINE, "mA_both")} | {"pictures": len(p), "one_class_only": lonely}
     write_json(out / "metrics.json", summary)
-    pictures.attribute_chart(names, ratio, scores["positive_ratio"], scores["attribute_mA"], out / "attributes.png")
+    sheets.attribute_chart(names, ratio, scores["positive_ratio"], scores["attribute_mA"], out / "attributes.png")
     # Examples from the best to the worst predicted picture, in even steps.
     order = np.argsort(((p > THRESHOLD) != (test.labels == 1)).sum(1), kind="stable")
     rows = order[np.linspace(0, len(order) - 1, min(12, len(order))).round().astype(int)]
     images = [load_picture("", test.files[i]) for i in rows]
-    pictures.attribute_sheet(images, names, p[rows], test.labels[rows], out / "examples.png")
+    sheets.attribute_sheet(images, names, p[rows], test.labels[rows], out / "examples.png")
     (out / "done").touch()
     log.say(f"wrote {out}/metrics.json, attributes.csv, attributes.png, examples.png")
 
@@ -347,7 +347,7 @@ def predict(cfg, rank, world, device):
         write_csv(out / "predictions.csv", ("image", *names), rows)
         shown_rows = slice(0, 12)
         images = [load_picture("", f) for f in files[shown_rows]]
-        pictures.attribute_sheet(images, names, p[shown_rows], None, out / "predictions.png")
+        sheets.attribute_sheet(images, names, p[shown_rows], None, out / "predictions.png")
         (out / "done").touch()
         print(f"wrote {out}/predictions.csv ({len(files)} pictures), predictions.png")
     barrier()

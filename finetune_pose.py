@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-import pictures
 import pose
 import pose_data
+import sheets
 from common import (
     Figures,
     Log,
@@ -326,8 +326,8 @@ class Validation:
         write_json(out / "metrics.json", full)
         if "PCK@.2_per_joint" in full:
             title = f"PCK@.2 of torso, {full['PCK@.2']:.3f} overall"
-            pictures.pck_chart(full["PCK@.2_per_joint"], out / "pck.png", title)
-        pictures.pose_sheet(*self.examples(found, oks), self.truth.skeleton, self.truth.joints, out / "overlays.png")
+            sheets.pck_chart(full["PCK@.2_per_joint"], out / "pck.png", title)
+        sheets.pose_sheet(*self.examples(found, oks), self.truth.skeleton, self.truth.joints, out / "overlays.png")
         if "published" not in self.sigma_source:
             print(f"OKS uses {self.sigma_source}")
         print(f"{cfg.out}: " + "  ".join(f"{k} {v:.4f}" for k, v in flat.items() if v is not None))
@@ -367,7 +367,7 @@ class Pictures:
         load = [load_picture(people.folder, people.files[i]) for i in chosen]
         labels = [f"score {score[i]:.2f} · {people.files[i].decode()}" for i in chosen]
         drawn = (load, people.boxes[chosen], None, found[chosen], labels, people.skeleton, people.joints)
-        pictures.pose_sheet(*drawn, out / "overlays.png")
+        sheets.pose_sheet(*drawn, out / "overlays.png")
         print(
             f"{len(found)} people in {len(set(people.files.tolist()))} pictures: {out}/predictions.json, overlays.png"
         )

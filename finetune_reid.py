@@ -23,8 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-import pictures
 import reid
+import sheets
 from common import (
     Figures,
     Log,
@@ -315,7 +315,7 @@ def draw(cfg, result, query, gallery, each=3, columns=10):
         rows.append((load_picture(query.folder, query.files[q]), answers))
         labels.append(f"{place + 1} of {n}\nperson {person}\ncamera {camera}\nAP {result['ap'][q]:.3f}")
     title = f"Best, median and worst queries: mAP {result['mAP']:.3f}, rank-1 {result['cmc'][0]:.3f}"
-    pictures.ranked_lists(rows, Path(cfg.out) / "ranked_lists.png", labels, title)
+    sheets.ranked_lists(rows, Path(cfg.out) / "ranked_lists.png", labels, title)
 
 
 # ---------------------------------------------------------------------------------------------------------- predict
@@ -342,7 +342,7 @@ def predict(cfg, rank, world, device, rows=40, columns=10):
         shown, load = range(min(rows, len(names))), lambda i: load_picture(cfg.predict, names[i])
         lists = [(load(i), [(load(j), None) for j in nearest[i]]) for i in shown]
         title = f"The {k} most alike pictures" + (f" (first {rows} of {len(names)})" if len(names) > rows else "")
-        pictures.ranked_lists(lists, out / "nearest.png", [names[i] for i in shown], title)
+        sheets.ranked_lists(lists, out / "nearest.png", [names[i] for i in shown], title)
         (out / "done").touch()
         print(f"{sentence}: wrote {out}/embeddings.npz ({len(names)} pictures x {z.shape[1]}), nearest.png")
     barrier()

@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-import pictures
+import sheets
 from captions import (
     Bert,
     Gallery,
@@ -322,7 +322,7 @@ def finish(cfg, model, text, split, log, step, rank, world, device):
         rows.append((load_picture("", split.files[split.picture[c]]), answers))
         labels.append(f"{split.texts[c]}\n(AP {ap[c]:.2f}, {place + 1} of {n})")
     title = f"Best, median and worst captions: R@1 {result['t2i_R1']:.3f}, mAP {result['t2i_mAP']:.3f}"
-    pictures.caption_sheet(rows, labels, out / "ranking.png", title)
+    sheets.caption_sheet(rows, labels, out / "ranking.png", title)
     (out / "done").touch()
     print(f"{cfg.out}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
 
@@ -343,7 +343,7 @@ def predict(cfg, rank, world, device):
         rows = [{"image": str(names[i]), "cosine": round(float(score[i]), 5)} for i in order]
         write_json(out / "ranking.json", {"sentence": cfg.sentence, "ranking": rows})
         answers = [(load_picture("", files[i]), None) for i in order[:10]]
-        pictures.caption_sheet([(None, answers)], [cfg.sentence], out / "ranking.png", "Best pictures for a sentence")
+        sheets.caption_sheet([(None, answers)], [cfg.sentence], out / "ranking.png", "Best pictures for a sentence")
         (out / "done").touch()
         print(f"wrote {out}/ranking.json ({len(rows)} pictures, best {rows[0]['image']}), ranking.png")
     barrier()
