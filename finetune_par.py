@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 import sheets
 from attributes import THRESHOLD, AttributePictures, Split, attribute_metrics, read_attributes, weighted_bce
+from batches import EpochBatches
 from common import (
     Figures,
     Log,
@@ -49,7 +50,7 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import EpochBatches, load_picture, normalize
+from data import load_picture, normalize
 from heads import TOKENS, feature_width, token_features
 from model import SIZES
 from reid import picture_names

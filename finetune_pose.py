@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 import pose
 import pose_data
 import sheets
+from batches import EpochBatches
 from common import (
     Figures,
     Log,
@@ -48,7 +49,7 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import EpochBatches, load_picture, normalize
+from data import load_picture, normalize
 from heads import ClassicHead, PoseModel, SimpleHead
 from model import SIZES, layer_of
 from weights import load_encoder, meta_of, use_meta

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 
 import reid
 import sheets
+from batches import PersonBatches
 from common import (
     Figures,
     Log,
@@ -119,7 +120,7 @@ def main():
     train_set, query, gallery, about = reid.read_data(cfg.data, cfg.layout, *folders)
     batches = total = step = 0  # as eval_only leaves them
     if train_set:
-        batches = reid.PersonBatches(train_set.ids, cfg.people, cfg.pictures_per_person, cfg.seed, rank, world)
+        batches = PersonBatches(train_set.ids, cfg.people, cfg.pictures_per_person, cfg.seed, rank, world)
         total = cfg.epochs * batches.steps_per_epoch
         about += f"; {batches.about}; {total} steps of {batches.size}"
     seed_all(cfg.seed)  # initial weights

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import sheets
+from batches import EpochBatches
 from captions import (
     Bert,
     Gallery,
@@ -57,7 +58,7 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import EpochBatches, load_picture, normalize
+from data import load_picture, normalize
 from heads import TOKENS, feature_width, token_features
 from losses import no_autocast
 from model import SIZES

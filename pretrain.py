@@ -18,6 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import sheets
+from batches import PoseBatches
 from common import (
     Figures,
     Log,
@@ -37,7 +38,7 @@ from common import (
     start_ranks,
 )
 from config import Key, UserError, read_config, run_stage
-from data import PoseBatches, PretrainPictures, normalize, read_people
+from data import PretrainPictures, normalize, read_people
 from heads import Projector
 from losses import contrastive_health
 from masks import noise_size, part_guided_mask, random_mask

@@ -43,6 +43,7 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import model as ours  # noqa: E402
 import pretrain  # noqa: E402
+from batches import PoseBatches  # noqa: E402
 from common import autocast, parameter_groups, seed_all, start_ranks  # noqa: E402
 from config import Key, read_config, run_stage  # noqa: E402
 
@@ -178,7 +179,7 @@ def together(cfg, step, steps=8):
     with tempfile.TemporaryDirectory() as folder:
         people, size = read_sets(cfg, folder), (cfg.height, cfg.width)
         dataset = data.PretrainPictures(people, size, cfg.seed, cfg.box_padding, cfg.augmentation)
-        batches = data.PoseBatches(dataset, cfg.batch, cfg.pictures_per_pose, [], cfg.seed)
+        batches = PoseBatches(dataset, cfg.batch, cfg.pictures_per_pose, [], cfg.seed)
         pin = step.device.type == "cuda"
 
         def loader():
