@@ -19,7 +19,8 @@ from scipy.io import loadmat
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from common import UserError, seed_all
+from common import seed_all
+from config import UserError
 from data import load_picture
 
 THRESHOLD = 0.5  # [Rethinking_of_PAR]

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from common import UserError, seed_all
+from common import seed_all
+from config import UserError
 from data import load_picture
 from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
 from reid import evaluate_features

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from common import UserError, seed_of
+from common import seed_of
+from config import UserError
 
 
 class Chunks(Dataset):

@@ -1,6 +1,6 @@
-"""Pictures of people: COCO keypoint files, crops and augmentation, part-guided masks, batches of whole pose groups.
+"""Pictures of people: COCO keypoint files, crops and augmentation. batches.py says which of them a step sees.
 
-Legend: B pictures on this rank · N patches · K joints · P pictures per pose · H, W picture · h, w patch grid.
+Legend: B pictures on this rank · N annotated people · K joints · H, W picture.
 Frame: `*_px` coordinates count pixels with centres at whole numbers (COCO's frame); boxes are x, y, w, h in px.
 A sample is a function of (seed, epoch, index) alone: worker count and world size change nothing.
 """
@@ -14,10 +14,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from common import UserError, seed_all
+from common import seed_all
+from config import UserError
 from masks import part_guided_mask  # noqa: F401  data.part_guided_mask is its public name
 
 COCO_JOINTS = (
@@ -325,121 +326,3 @@ def padded_box(box, padding, size):
     x, y, w, h = x - w * (padding - 1) / 2, y - h * (padding - 1) / 2, w * padding, h * padding
     x0, y0 = min(max(0, round(x)), int(size[0]) - 1), min(max(0, round(y)), int(size[1]) - 1)
     return x0, y0, max(1, min(int(size[0]), round(x + w)) - x0), max(1, min(int(size[1]), round(y + h)) - y0)
-
-
-class PoseBatches(Sampler):
-    """Batch sampler: step → this rank's (epoch, index) pairs; a global batch is `slots` slots of P pictures each.
-
-    A slot holds P pictures of one pose, sampled without replacement, or P pictures without pose group. Ranks take whole
-    slots. With P = 1 poses are not grouped: every picture is a slot. An epoch draws round(share · slots) slots from
-    each file (a fresh permutation, repeated if the file is smaller), spread evenly; no shares = every slot once.
-    The order is a function of (seed, epoch); the last incomplete batch of an epoch is dropped.
-
-    Raises UserError for a pose with fewer than P pictures, and when an epoch holds no full batch.
-    """
-
-    def __init__(self, dataset, batch, pictures_per_pose, shares, seed, rank=0, world=1, dropped=()):
-        self.seed, self.rank, self.world, self.P = seed, rank, world, pictures_per_pose
-        self.slots = batch // pictures_per_pose
-        if batch % (pictures_per_pose * world):
-            raise UserError(
-                f"batch={batch} does not split into poses of pictures_per_pose={pictures_per_pose} on {world} rank(s); "
-                f"make it a multiple of {pictures_per_pose * world}"
-            )
-        self.groups, self.singles = [], []
-        for f, people in enumerate(dataset.people):
-            grouped = people.pose_id >= 0 if self.P > 1 else np.zeros(len(people.files), bool)
-            self.groups.append(self._whole_groups(people, np.flatnonzero(grouped), dataset.starts[f], f in dropped))
-            self.singles.append(np.flatnonzero(~grouped) + dataset.starts[f])
-        counts = np.array([len(np.unique(g[0])) + len(s) // self.P for g, s in zip(self.groups, self.singles)])
-        total = int(counts.sum())
-        if shares:
-            if len(shares) != len(counts) or min(shares) < 0 or sum(shares) <= 0:
-                raise UserError(f"shares={shares} must be one number ≥ 0 per annotation file ({len(counts)})")
-            ends = np.round(np.cumsum(shares) / np.sum(shares) * total).astype(int)
-            counts = np.diff(ends, prepend=0)
-        self.counts, self.steps_per_epoch = counts, total // self.slots
-        if self.steps_per_epoch == 0:
-            raise UserError(f"batch={batch} is larger than the {total * self.P} pictures an epoch holds; lower it")
-        self.first, self.last = 0, None
-
-    def _whole_groups(self, people, rows, start, had_bad):
-        """(pose_id, index) arrays sorted by pose, only poses with ≥ P pictures."""
-        rows = rows[np.argsort(people.pose_id[rows], kind="stable")]
-        ids, counts = np.unique(people.pose_id[rows], return_counts=True)
-        short = ids[counts < self.P]
-        if len(short) and not had_bad:  # a pose made short by pictures that max_bad let go is left out instead
-            raise UserError(
-                f"pose {short[0]} has {counts[ids == short[0]][0]} picture(s), pictures_per_pose={self.P} needs more "
-                f"({len(short)} such poses in {people.folder})"
-            )
-        rows = rows[~np.isin(people.pose_id[rows], short)]
-        return people.pose_id[rows], rows + start
-
-    def epoch_slots(self, epoch):
-        """(slots, P) picture indices of one epoch: a pure function of (seed, epoch)."""
-        parts, places = [], []
-        for f, ((pose, index), singles) in enumerate(zip(self.groups, self.singles)):
-            pool, round_ = np.empty((0, self.P), np.int64), 0
-            while len(pool) < self.counts[f]:
-                rng = np.random.default_rng([self.seed, epoch, f, round_])
-                order = np.lexsort((rng.random(len(index)), pose))  # shuffled within each pose
-                starts = np.flatnonzero(np.diff(pose, prepend=-1))
-                grouped = index[order][starts[:, None] + np.arange(self.P)] if len(starts) else pool[:0]
-                loose = rng.permutation(singles)[: len(singles) // self.P * self.P].reshape(-1, self.P)
-                pool = np.concatenate([pool, rng.permutation(np.concatenate([grouped, loose]))])
-                round_ += 1
-            n = int(self.counts[f])
-            parts.append(pool[:n])
-            places.append((np.arange(n) + np.random.default_rng([self.seed, epoch, f]).random()) / max(1, n))
-        return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
-
-    def run(self, first, last):
-        """Iterate the steps first .. last-1 of the whole run."""
-        self.first, self.last = first, last
-        return self
-
-    def __len__(self):
-        return self.last - self.first
-
-    def __iter__(self):
-        own, cached, slots = self.slots // self.world, None, None
-        for step in range(self.first, self.last):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != cached:
-                cached, slots = epoch, self.epoch_slots(epoch)
-            begin = place * self.slots + self.rank * own
-            yield [(epoch, int(index)) for index in slots[begin : begin + own].ravel()]
-
-
-class EpochBatches(Sampler):
-    """Batch sampler of plain fine-tuning: step → this rank's (epoch, index) pairs of `n` samples; `batch` is global.
-
-    An epoch is a permutation, a function of (seed, epoch); its last incomplete batch is dropped.
-    Raises UserError where ranks cannot share a batch evenly, and when an epoch holds no full batch.
-    """
-
-    def __init__(self, n, batch, seed, rank=0, world=1):
-        if batch % world:
-            raise UserError(f"batch={batch} does not split over {world} ranks; make it a multiple of {world}")
-        if n < batch:
-            raise UserError(f"batch={batch} is larger than the {n} training samples; lower it")
-        self.n, self.batch, self.seed, self.rank, self.own = n, batch, seed, rank, batch // world
-        self.steps_per_epoch, self.first, self.last = n // batch, 0, None
-
-    def run(self, first, last):
-        """Iterate the steps first .. last-1 of the whole run."""
-        self.first, self.last = first, last
-        return self
-
-    def __len__(self):
-        return self.last - self.first
-
-    def __iter__(self):
-        cached, order = None, None
-        for step in range(self.first, self.last):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != cached:
-                cached, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
-            begin = place * self.batch + self.rank * self.own
-            yield [(epoch, int(index)) for index in order[begin : begin + self.own]]

@@ -26,7 +26,7 @@ from pycocotools.cocoeval import Params
 
 import pictures
 from chunks import person_row, picture_seed
-from common import UserError
+from config import UserError
 
 MODELS = {"t2i_adapter": "CompVis/stable-diffusion-v1-4", "controlnet": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 

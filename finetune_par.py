@@ -23,16 +23,14 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
 
-import pictures
+import sheets
 from attributes import THRESHOLD, AttributePictures, Split, attribute_metrics, read_attributes, weighted_bce
+from batches import EpochBatches
 from common import (
     Figures,
-    Key,
     Log,
-    UserError,
     autocast,
     barrier,
-    check_job,
     distributed,
     gather_rows,
     learning_rate,
@@ -41,9 +39,7 @@ from common import (
     open_run,
     parameter_groups,
     rank_share,
-    read_config,
     resume,
-    run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
@@ -53,8 +49,10 @@ from common import (
     write_atomic,
     write_json,
 )
-from data import EpochBatches, load_picture, normalize
-from model import SIZES, TOKENS, feature_width, token_features
+from config import Key, UserError, check_job, read_config, run_stage
+from data import load_picture, normalize
+from heads import TOKENS, feature_width, token_features
+from model import SIZES
 from reid import picture_names
 from weights import load_encoder, meta_of, use_meta
 
@@ -324,12 +322,12 @@ def finish(cfg, model, names, splits, log, rank, world, device):
     write_csv(out / "attributes.csv", ("attribute", "train_positive", "test_positive", "mA", "tpr", "tnr"), table)
     summary = {name: scores[name] for name in (*HEADLINE, "mA_both")} | {"pictures": len(p), "one_class_only": lonely}
     write_json(out / "metrics.json", summary)
-    pictures.attribute_chart(names, ratio, scores["positive_ratio"], scores["attribute_mA"], out / "attributes.png")
+    sheets.attribute_chart(names, ratio, scores["positive_ratio"], scores["attribute_mA"], out / "attributes.png")
     # Examples from the best to the worst predicted picture, in even steps.
     order = np.argsort(((p > THRESHOLD) != (test.labels == 1)).sum(1), kind="stable")
     rows = order[np.linspace(0, len(order) - 1, min(12, len(order))).round().astype(int)]
     images = [load_picture("", test.files[i]) for i in rows]
-    pictures.attribute_sheet(images, names, p[rows], test.labels[rows], out / "examples.png")
+    sheets.attribute_sheet(images, names, p[rows], test.labels[rows], out / "examples.png")
     (out / "done").touch()
     log.say(f"wrote {out}/metrics.json, attributes.csv, attributes.png, examples.png")
 
@@ -350,7 +348,7 @@ def predict(cfg, rank, world, device):
         write_csv(out / "predictions.csv", ("image", *names), rows)
         shown_rows = slice(0, 12)
         images = [load_picture("", f) for f in files[shown_rows]]
-        pictures.attribute_sheet(images, names, p[shown_rows], None, out / "predictions.png")
+        sheets.attribute_sheet(images, names, p[shown_rows], None, out / "predictions.png")
         (out / "done").touch()
         print(f"wrote {out}/predictions.csv ({len(files)} pictures), predictions.png")
     barrier()

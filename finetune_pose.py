@@ -19,20 +19,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
 from torch.utils.data import DataLoader
 
-import pictures
 import pose
 import pose_data
+import sheets
+from batches import EpochBatches
 from common import (
     Figures,
-    Key,
     Log,
-    UserError,
     autocast,
     barrier,
-    check_job,
     distributed,
     gather_rows,
     learning_rate,
@@ -42,9 +39,7 @@ from common import (
     parameter_groups,
     rank_noise,
     rank_share,
-    read_config,
     resume,
-    run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
@@ -53,8 +48,10 @@ from common import (
     start_ranks,
     write_json,
 )
-from data import EpochBatches, load_picture, normalize
-from model import SIZES, ClassicHead, SimpleHead, layer_of
+from config import Key, UserError, check_job, read_config, run_stage
+from data import load_picture, normalize
+from heads import ClassicHead, PoseModel, SimpleHead
+from model import SIZES, layer_of
 from weights import load_encoder, meta_of, use_meta
 
 KEYS = dict(
@@ -173,27 +170,6 @@ def check(cfg):
 
 
 # ------------------------------------------------------------------------------------------------------------- model
-
-
-class PoseModel(nn.Module):
-    """ViT → patch tokens (with or without the special tokens' help) → head → heat maps."""
-
-    def __init__(self, encoder, head, tokens):
-        super().__init__()
-        self.encoder, self.head, self.tokens = encoder, head, tokens
-        if tokens != "drop" and encoder.n_special < 2:
-            raise UserError(f"tokens={tokens} needs an encoder with [POSE]; this one has none: use tokens=drop")
-
-    def forward(self, images, drop_noise=None):
-        """images (B, 3, H, W) normalised, drop_noise (2·depth, B) or None → heat maps (B, K, h, w)."""
-        x = self.encoder(images, drop_noise=drop_noise)  # (B, S + N, D)
-        special, patches = x.tensor_split([self.encoder.n_special], 1)
-        # paper silent: how [POSE] takes part downstream. HAP drops [CLS].
-        if self.tokens == "add":
-            patches = patches + special[:, 1:]
-        elif self.tokens == "add_cls_pose":
-            patches = patches + special.sum(1, keepdim=True)
-        return self.head(patches, self.encoder.grid)
 
 
 def build_model(cfg, n_joints):
@@ -351,8 +327,8 @@ class Validation:
         write_json(out / "metrics.json", full)
         if "PCK@.2_per_joint" in full:
             title = f"PCK@.2 of torso, {full['PCK@.2']:.3f} overall"
-            pictures.pck_chart(full["PCK@.2_per_joint"], out / "pck.png", title)
-        pictures.pose_sheet(*self.examples(found, oks), self.truth.skeleton, self.truth.joints, out / "overlays.png")
+            sheets.pck_chart(full["PCK@.2_per_joint"], out / "pck.png", title)
+        sheets.pose_sheet(*self.examples(found, oks), self.truth.skeleton, self.truth.joints, out / "overlays.png")
         if "published" not in self.sigma_source:
             print(f"OKS uses {self.sigma_source}")
         print(f"{cfg.out}: " + "  ".join(f"{k} {v:.4f}" for k, v in flat.items() if v is not None))
@@ -392,7 +368,7 @@ class Pictures:
         load = [load_picture(people.folder, people.files[i]) for i in chosen]
         labels = [f"score {score[i]:.2f} · {people.files[i].decode()}" for i in chosen]
         drawn = (load, people.boxes[chosen], None, found[chosen], labels, people.skeleton, people.joints)
-        pictures.pose_sheet(*drawn, out / "overlays.png")
+        sheets.pose_sheet(*drawn, out / "overlays.png")
         print(
             f"{len(found)} people in {len(set(people.files.tolist()))} pictures: {out}/predictions.json, overlays.png"
         )

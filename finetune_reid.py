@@ -23,16 +23,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-import pictures
 import reid
+import sheets
+from batches import PersonBatches
 from common import (
     Figures,
-    Key,
     Log,
-    UserError,
     autocast,
     barrier,
-    check_job,
     distributed,
     gather_rows,
     learning_rate,
@@ -42,9 +40,7 @@ from common import (
     parameter_groups,
     rank_noise,
     rank_share,
-    read_config,
     resume,
-    run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
@@ -54,8 +50,10 @@ from common import (
     write_atomic,
     write_json,
 )
+from config import Key, UserError, check_job, read_config, run_stage
 from data import load_picture, normalize
-from model import SIZES, TOKENS, GlobalBatchNorm, feature_width, layer_of, token_features
+from heads import TOKENS, GlobalBatchNorm, feature_width, token_features
+from model import SIZES, layer_of
 from reid import evaluate_features, ranking_metrics, triplet_loss
 from weights import load_encoder, meta_of, use_meta
 
@@ -122,7 +120,7 @@ def main():
     train_set, query, gallery, about = reid.read_data(cfg.data, cfg.layout, *folders)
     batches = total = step = 0  # as eval_only leaves them
     if train_set:
-        batches = reid.PersonBatches(train_set.ids, cfg.people, cfg.pictures_per_person, cfg.seed, rank, world)
+        batches = PersonBatches(train_set.ids, cfg.people, cfg.pictures_per_person, cfg.seed, rank, world)
         total = cfg.epochs * batches.steps_per_epoch
         about += f"; {batches.about}; {total} steps of {batches.size}"
     seed_all(cfg.seed)  # initial weights
@@ -318,7 +316,7 @@ def draw(cfg, result, query, gallery, each=3, columns=10):
         rows.append((load_picture(query.folder, query.files[q]), answers))
         labels.append(f"{place + 1} of {n}\nperson {person}\ncamera {camera}\nAP {result['ap'][q]:.3f}")
     title = f"Best, median and worst queries: mAP {result['mAP']:.3f}, rank-1 {result['cmc'][0]:.3f}"
-    pictures.ranked_lists(rows, Path(cfg.out) / "ranked_lists.png", labels, title)
+    sheets.ranked_lists(rows, Path(cfg.out) / "ranked_lists.png", labels, title)
 
 
 # ---------------------------------------------------------------------------------------------------------- predict
@@ -345,7 +343,7 @@ def predict(cfg, rank, world, device, rows=40, columns=10):
         shown, load = range(min(rows, len(names))), lambda i: load_picture(cfg.predict, names[i])
         lists = [(load(i), [(load(j), None) for j in nearest[i]]) for i in shown]
         title = f"The {k} most alike pictures" + (f" (first {rows} of {len(names)})" if len(names) > rows else "")
-        pictures.ranked_lists(lists, out / "nearest.png", [names[i] for i in shown], title)
+        sheets.ranked_lists(lists, out / "nearest.png", [names[i] for i in shown], title)
         (out / "done").touch()
         print(f"{sentence}: wrote {out}/embeddings.npz ({len(names)} pictures x {z.shape[1]}), nearest.png")
     barrier()

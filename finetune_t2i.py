@@ -23,7 +23,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-import pictures
+import sheets
+from batches import EpochBatches
 from captions import (
     Bert,
     Gallery,
@@ -36,12 +37,9 @@ from captions import (
 )
 from common import (
     Figures,
-    Key,
     Log,
-    UserError,
     autocast,
     barrier,
-    check_job,
     distributed,
     gather_rows,
     learning_rate,
@@ -50,9 +48,7 @@ from common import (
     open_run,
     rank_noise,
     rank_share,
-    read_config,
     resume,
-    run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
@@ -61,9 +57,11 @@ from common import (
     start_ranks,
     write_json,
 )
-from data import EpochBatches, load_picture, normalize
+from config import Key, UserError, check_job, read_config, run_stage
+from data import load_picture, normalize
+from heads import TOKENS, feature_width, token_features
 from losses import no_autocast
-from model import SIZES, TOKENS, feature_width, token_features
+from model import SIZES
 from reid import picture_names
 from weights import load_encoder, meta_of, use_meta
 
@@ -325,7 +323,7 @@ def finish(cfg, model, text, split, log, step, rank, world, device):
         rows.append((load_picture("", split.files[split.picture[c]]), answers))
         labels.append(f"{split.texts[c]}\n(AP {ap[c]:.2f}, {place + 1} of {n})")
     title = f"Best, median and worst captions: R@1 {result['t2i_R1']:.3f}, mAP {result['t2i_mAP']:.3f}"
-    pictures.caption_sheet(rows, labels, out / "ranking.png", title)
+    sheets.caption_sheet(rows, labels, out / "ranking.png", title)
     (out / "done").touch()
     print(f"{cfg.out}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
 
@@ -346,7 +344,7 @@ def predict(cfg, rank, world, device):
         rows = [{"image": str(names[i]), "cosine": round(float(score[i]), 5)} for i in order]
         write_json(out / "ranking.json", {"sentence": cfg.sentence, "ranking": rows})
         answers = [(load_picture("", files[i]), None) for i in order[:10]]
-        pictures.caption_sheet([(None, answers)], [cfg.sentence], out / "ranking.png", "Best pictures for a sentence")
+        sheets.caption_sheet([(None, answers)], [cfg.sentence], out / "ranking.png", "Best pictures for a sentence")
         (out / "done").touch()
         print(f"wrote {out}/ranking.json ({len(rows)} pictures, best {rows[0]['image']}), ranking.png")
     barrier()

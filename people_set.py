@@ -26,7 +26,8 @@ from PIL import Image
 import pictures
 import puppet
 from chunks import read_records
-from common import UserError, seed_of, write_atomic
+from common import seed_of, write_atomic
+from config import UserError
 
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 SPLITS = ("train", "val", "test")

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import pose
-from common import UserError
+from config import UserError
 from data import People, find_bad_pictures, flip_ids, load_picture, read_people
 
 # ---------------------------------------------------------------------------------------------------------- readers

@@ -17,12 +17,11 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-import pictures
+import sheets
+from batches import PoseBatches
 from common import (
     Figures,
-    Key,
     Log,
-    UserError,
     autocast,
     barrier,
     distributed,
@@ -30,9 +29,7 @@ from common import (
     open_run,
     parameter_groups,
     rank_noise,
-    read_config,
     resume,
-    run_stage,
     save_checkpoint,
     save_encoder,
     seed_all,
@@ -40,10 +37,12 @@ from common import (
     settle,
     start_ranks,
 )
-from data import PoseBatches, PretrainPictures, normalize, read_people
+from config import Key, UserError, read_config, run_stage
+from data import PretrainPictures, normalize, read_people
+from heads import Projector
 from losses import contrastive_health
 from masks import noise_size, part_guided_mask, random_mask
-from model import SIZES, Decoder, GenPoCCL, Projector, ViT
+from model import SIZES, Decoder, GenPoCCL, ViT
 from weights import load_file_into, meta_of
 
 KEYS = dict(
@@ -274,12 +273,12 @@ def draw(cfg, model, dataset, device, rank):
             mask = draw_masks(cfg, keypoints[:8].to(device), model.encoder.grid, 0, 0, 1)[0]
             visible = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, : model.n_visible]
             pred = model.decoder(model.encoder(inputs[:8], visible), visible)  # not model(): its losses ask all ranks
-            pictures.reconstruction_sheet(inputs[:8], mask, pred, cfg.patch, out / "reconstructions.png")
+            sheets.reconstruction_sheet(inputs[:8], mask, pred, cfg.patch, out / "reconstructions.png")
         special = torch.cat([model.encoder(part)[:, : model.encoder.n_special] for part in inputs.split(64)]).cpu()
         name, pose_id = "[POSE]" if cfg.pose_token else "[CLS]", dataset.pose_id[: len(images)].tolist()
-        pictures.neighbour_sheet(images, special[:, -1], pose_id, out / "neighbours.png", name)
+        sheets.neighbour_sheet(images, special[:, -1], pose_id, out / "neighbours.png", name)
         maps = model.encoder.attention_maps(inputs[:8]).cpu()
-        pictures.attention_sheet(images[:8], maps, out / "attention.png")
+        sheets.attention_sheet(images[:8], maps, out / "attention.png")
         model.train()
     barrier()
 

@@ -1,7 +1,7 @@
-"""Person re-identification, the numbers: readers, P × K batches, triplet loss, the Market-1501 protocol, re-ranking.
+"""Person re-identification, the numbers: readers, pictures, triplet loss, the Market-1501 protocol, re-ranking.
 
 Legend: B pictures on this rank · M all ranks · D feature width · Q queries · G gallery · N pictures of a set ·
-P people in a batch × K pictures of each · S batches in an epoch · H, W picture.
+H, W picture.
 Person ids as in Market-1501: 0 = distractor (in the gallery, nobody's match), -1 = junk (as if it were not there).
 """
 
@@ -14,10 +14,11 @@ import scipy.sparse
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms import RandomErasing
 
-from common import UserError, rank_rows, seed_all
+from common import seed_all
+from config import UserError
 from data import IMAGENET_MEAN, IMAGENET_STD, find_bad_pictures, load_picture
 from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
 
@@ -128,67 +129,7 @@ def read_data(root, layout="auto", train="bounding_box_train", query="query", ga
     return train, query, gallery, about
 
 
-# ----------------------------------------------------------------------------------------------- batches and pictures
-
-
-class PersonBatches(Sampler):
-    """Batch sampler: step → this rank's (epoch, index, copy) triples; a batch is P different people × K pictures.
-
-    ids (N,) of the pictures. In an epoch a person with n ≥ K pictures gives n // K groups of K different ones; one with
-    fewer gives one group in which pictures come again (copy 1, 2, … of a picture: another augmentation). An epoch is
-    the largest number of batches these groups fill; the few groups left over, random ones, wait for another epoch.
-    The order is a function of (seed, epoch). Ranks take whole people.
-    """
-
-    def __init__(self, ids, people, pictures, seed, rank=0, world=1):
-        self.P, self.K, self.seed, self.rank, self.world = people, pictures, seed, rank, world
-        self.size = people * pictures
-        names, counts = np.unique(ids, return_counts=True)
-        if people % world:
-            raise UserError(f"people={people} does not split over {world} ranks; make it a multiple of {world}")
-        if len(names) < people:
-            raise UserError(f"a batch needs people={people} different people; the training set has {len(names)}")
-        self.members = np.split(np.argsort(ids, kind="stable"), np.cumsum(counts)[:-1])
-        self.groups = np.maximum(1, counts // pictures)
-        # S batches of P different people can be filled exactly if Σ_i min(groups_i, S) ≥ S · P.
-        S = int(self.groups.sum()) // people
-        while np.minimum(self.groups, S).sum() < S * people:
-            S -= 1
-        self.steps_per_epoch = S
-        short = int((counts < pictures).sum())
-        self.about = f"{short} people have fewer than {pictures} pictures and show them again"
-        self.first, self.last = 0, None
-
-    def epoch_batches(self, epoch):
-        """(S, P, K, 2) picture index and copy: a pure function of (seed, epoch)."""
-        rng, S = np.random.default_rng([self.seed, epoch]), self.steps_per_epoch
-        slots = np.empty((S * self.P, self.K, 2), np.int64)
-        t = 0
-        for person in rng.permutation(len(self.members)):
-            order = rng.permutation(self.members[person])
-            n = min(self.groups[person], S, S * self.P - t)
-            place = np.arange(n * self.K)
-            slots[t : t + n] = np.stack([order[place % len(order)], place // len(order)], 1).reshape(n, self.K, 2)
-            t += n
-        # Slot t goes to batch t mod S: a person's slots are at most S in a row, so all in different batches.
-        return slots.reshape(self.P, S, self.K, 2).transpose(1, 0, 2, 3)[rng.permutation(S)]
-
-    def run(self, first, last):
-        """Iterate the steps first .. last-1 of the whole run."""
-        self.first, self.last = first, last
-        return self
-
-    def __len__(self):
-        return self.last - self.first
-
-    def __iter__(self):
-        cached, batches = None, None
-        for step in range(self.first, self.last):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != cached:
-                cached, batches = epoch, self.epoch_batches(epoch)
-            own = rank_rows(batches[place], self.rank, self.world).reshape(-1, 2)
-            yield [(epoch, int(index), int(copy)) for index, copy in own]
+# --------------------------------------------------------------------------------------------------------- pictures
 
 
 def resized(picture, size):
@@ -257,7 +198,7 @@ def triplet_loss(x, label):
 
     x (B, D) float, not normalised; label (B,) int64. → scalar, this rank's share: the mean over ranks is the loss of
     the global batch (own anchors × gathered columns, gradients return to the columns' ranks; see losses.py).
-    Every label must occur at least twice and not alone in the global batch, which PersonBatches sees to.
+    Every label must occur at least twice and not alone in the global batch, which batches.PersonBatches sees to.
     """
     with no_autocast(x):
         (x,) = full_precision(x)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
-from common import UserError, load_checkpoint
+from common import load_checkpoint
+from config import UserError
 from model import SIZES, ViT
 
 TORCHVISION = [  # torchvision's vit_* names → ours

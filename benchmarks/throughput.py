@@ -16,15 +16,12 @@ KEYS below; `step --help` lists them. Prints a table for people and one JSON lin
 Candidates of one table take turns (A B A B); times are medians, ratios are medians of the rounds' own ratios.
 Nothing here is a test: no figure makes this script fail.
 
-Legend: B pictures on this rank · M all ranks · P pictures per pose · D width · GFLOP of matrix products only.
+Here: step, parts, versus. scaling.py: scaling, memory. inputs.py: the others. steps.py is the step that is measured,
+timing.py the clock. Legend: P pictures per pose · GFLOP of matrix products only.
 """
 
-import contextlib
-import json
-import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path[1:1] = [str(Path(__file__).resolve().parent.parent / folder) for folder in ("", "tests")]
 
@@ -32,18 +29,19 @@ import tempfile  # noqa: E402
 import time  # noqa: E402
 
 import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
 from inputs import read_sets, table_data, table_generate, table_masks, table_puppet, table_start  # noqa: E402
-from timing import PeakMemory, Products, ceiling, flops, measure, median, ratio, show, wait  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.nn.parallel import DistributedDataParallel  # noqa: E402
+from scaling import table_memory, table_scaling  # noqa: E402
+from steps import Step, adamw, changed, peak_memory, replaced, update  # noqa: E402
+from timing import Products, ceiling, flops, measure, median, ratio, show, wait  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 import data  # noqa: E402
 import losses  # noqa: E402
 import model as ours  # noqa: E402
 import pretrain  # noqa: E402
-from common import Key, autocast, parameter_groups, read_config, run_stage, seed_all, start_ranks  # noqa: E402
+from batches import PoseBatches  # noqa: E402
+from common import autocast, start_ranks  # noqa: E402
+from config import Key, read_config, run_stage  # noqa: E402
 
 KEYS = pretrain.KEYS | dict(
     size=Key("small", "encoder size", choices=tuple(ours.SIZES)),
@@ -64,63 +62,7 @@ KEYS = pretrain.KEYS | dict(
 )  # fmt: skip
 
 
-def changed(cfg, **values):
-    return SimpleNamespace(**(vars(cfg) | values))
-
-
 # ----------------------------------------------------------------------------------------------------- training steps
-
-
-class Step:
-    """A training step as pretrain.py's loop makes it: normalise, mask, forward, backward, norm, AdamW, health."""
-
-    def __init__(self, cfg, device, rank=0, world=1):
-        self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
-        seed_all(cfg.seed)
-        self.model = pretrain.build_model(cfg)
-        if device.type != "cpu":
-            self.model.to(device)
-        self.optimizer = adamw(self.model, cfg)
-        if cfg.compile:
-            self.model.compile()
-        self.runner = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if world > 1 else self.model
-        B = cfg.batch // world
-        keypoints = torch.rand(B, 17, 3) * torch.tensor([cfg.width, cfg.height, 3.0])
-        keypoints[..., 2].floor_()  # 0 missing, 1 hidden, 2 visible
-        pose_id = (torch.arange(B) + rank * B) // cfg.pictures_per_pose
-        images = torch.randint(256, (B, 3, cfg.height, cfg.width), dtype=torch.uint8)
-        self.sample = {"image": images, "keypoints": keypoints, "pose_id": pose_id}
-
-    def masks(self, keypoints):
-        return pretrain.draw_masks(self.cfg, keypoints, self.model.encoder.grid, 0, self.rank, self.world)
-
-    def inputs(self, sample=None):
-        values = ((sample or self.sample)[name] for name in ("image", "keypoints", "pose_id"))
-        images, keypoints, pose_id = (value.to(self.device, non_blocking=True) for value in values)
-        return data.normalize(images), self.masks(keypoints), pose_id
-
-    def forward_backward(self, sample=None):
-        with autocast(self.device, self.cfg.precision):
-            result = self.runner(*self.inputs(sample))
-        result["total"].backward()
-        return result
-
-    def __call__(self, sample=None):
-        result = self.forward_backward(sample)
-        update(self.model, self.optimizer)
-        if result["z"] is not None:
-            losses.contrastive_health(result["z"], result["z_pose_id"])
-
-
-def adamw(model, cfg):
-    groups = parameter_groups(model, cfg.weight_decay)
-    return torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, cfg.beta2), fused=True)
-
-
-def update(model, optimizer):
-    torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
 
 
 def table_step(cfg, rank, world, device):
@@ -157,27 +99,12 @@ def table_step(cfg, rank, world, device):
         show(f"step: {cfg.size} {cfg.precision} batch {cfg.batch}, {cfg.views} views, {cfg.height}x{cfg.width}", rows)
 
 
-def peak_memory(step):
-    """CUDA: the allocator's peak. CPU: what tensors hold at most during a step, counted."""
-    if step.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(step.device)
-    step()
-    with PeakMemory(*state_of(step)) as memory:
-        step()
-    return memory.peak
-
-
-def state_of(step):
-    state = [v for values in step.optimizer.state.values() for v in values.values() if isinstance(v, torch.Tensor)]
-    return [*step.model.parameters(), *step.model.buffers(), *state, *step.sample.values()]
-
-
 def together(cfg, step, steps=8):
     """A fresh loader at each turn; its first batch is not timed, for it starts the workers."""
     with tempfile.TemporaryDirectory() as folder:
         people, size = read_sets(cfg, folder), (cfg.height, cfg.width)
         dataset = data.PretrainPictures(people, size, cfg.seed, cfg.box_padding, cfg.augmentation)
-        batches = data.PoseBatches(dataset, cfg.batch, cfg.pictures_per_pose, [], cfg.seed)
+        batches = PoseBatches(dataset, cfg.batch, cfg.pictures_per_pose, [], cfg.seed)
         pin = step.device.type == "cuda"
 
         def loader():
@@ -264,19 +191,6 @@ def table_parts(cfg, rank, world, device):
         show(f"parts: {cfg.size} {cfg.precision} batch {cfg.batch}, {world} rank(s), forward and backward", rows)
 
 
-@contextlib.contextmanager
-def replaced(thing, **values):
-    """Attributes of a module or object replaced inside the `with`."""
-    kept = {name: getattr(thing, name) for name in values}
-    try:
-        for name, value in values.items():
-            setattr(thing, name, value)
-        yield
-    finally:
-        for name, value in kept.items():
-            setattr(thing, name, value)
-
-
 # ------------------------------------------------------------------------------------------------ side by side: MAE
 
 
@@ -345,112 +259,6 @@ def table_versus(cfg, rank, world, device):
         row = {"what": "ours, bf16 / fp32", "ratio": ratio(best["ours", "fp32"], best["ours", "bf16"])}
         rows.append(row | {"losses_differ_by": abs(first[1] / first[0] - 1)})
     show(f"versus: {cfg.size}, batch {cfg.batch}, 192x192, mask ratio {cfg.mask_ratio}, fused AdamW", rows)
-
-
-# --------------------------------------------------------------------------------------------------- scaling, memory
-
-
-def pretended_ranks(ranks):
-    """The losses compute own rows × the columns of so many ranks without a process group: all ranks hold our rows."""
-
-    def repeated(gather):
-        return lambda x: gather(x).repeat(ranks, *[1] * (x.ndim - 1))
-
-    names = ("gather_with_gradient", "gather_rows_of")
-    return replaced(losses, **{name: repeated(getattr(losses, name)) for name in names})
-
-
-def contrastive_terms(cfg, device, width):
-    """Forward and backward of L_align and L_mp for this rank's cfg.batch pictures in two views."""
-    a, b, z = (torch.randn(n, width, device=device, requires_grad=True) for n in (cfg.batch, cfg.batch, 2 * cfg.batch))
-    pose_id = (torch.arange(cfg.batch, device=device) // cfg.pictures_per_pose).repeat(2)
-
-    def run():
-        (losses.alignment_loss(a, b) + losses.multi_positive_loss(z, pose_id)).backward()
-
-    return run
-
-
-def table_scaling(cfg, rank, world, device):
-    """By batch, pictures per pose and ranks, measured; then 8 and 64 GPUs on paper, from what was measured."""
-    steps = {f"batch {b}, P {cfg.pictures_per_pose}": Step(changed(cfg, batch=b), device) for b in cfg.batches}
-    steps |= {f"batch {cfg.batch}, P {p}": Step(changed(cfg, pictures_per_pose=p), device) for p in (1, 2, 4)}
-    seconds, rows = measure(cfg, steps, device), []
-    for name, s in seconds.items():
-        rows.append({"what": name, "ms": 1e3 * median(s), "pictures_per_s": steps[name].cfg.batch / median(s)})
-    show(f"scaling: {cfg.size} {cfg.precision}, one process", rows)
-
-    rows = []
-    for n in cfg.ranks:  # the same batch on each rank, one thread each: ideal would be the same step time
-        words = [
-            f"{name}={getattr(cfg, name)}" for name in ("size", "precision", "height", "width", "rounds", "seconds")
-        ]
-        words += [f"batch={cfg.batch * n}", f"device={device.type}", "threads=1"]
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-        done = subprocess.run([*launch, __file__, "parts", *words], check=True, capture_output=True, text=True)
-        found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        row = {"ranks": n, "batch": cfg.batch * n, "ms": found[0]["ms"]}
-        row |= {"pictures_per_s": cfg.batch * n / found[0]["ms"] * 1e3}
-        rows.append(row | {"exchange_not_hidden": found[-1]["share_of_step"] if n > 1 else 0.0})
-    show(f"scaling: {cfg.size} {cfg.precision}, ranks on this machine, one thread each", rows)
-
-    step, rows = Step(cfg, device), []
-    D = step.model.encoder.width
-    parameters = sum(p.numel() for p in step.model.parameters() if p.requires_grad)
-    for n in (1, 8, 64):
-        with pretended_ranks(n):
-            s = measure(cfg, {"terms": contrastive_terms(cfg, device, D), "step": step}, device)
-        ms = 1e3 * median(s["step"])
-        row = {"GPUs": n, "global_batch": n * cfg.batch, "contrastive_ms": 1e3 * median(s["terms"]), "step_ms": ms}
-        # Ring all-reduce of float32 gradients: each rank sends 2(R−1)/R of them. The backward pass (2/3) hides them.
-        exchange = 2 * (n - 1) / n * 4 * parameters / cfg.bandwidth / 1e6
-        # Per picture two [CLS] and two [POSE] are gathered; the gather's backward reduces all of them (2 ×). Waits.
-        gather = 3 * (n - 1) * cfg.batch * 4 * D * 4 / cfg.bandwidth / 1e6
-        row |= {"gradients_ms": exchange, "gather_ms": gather}
-        rows.append(row | {"step_ms_on_paper": ms + gather + max(0.0, exchange - ms * 2 / 3)})
-    show(f"scaling on paper: {cfg.batch} pictures per rank, {cfg.bandwidth} GB/s each way, {device}", rows)
-
-
-def table_memory(cfg, rank, world, device):
-    """Goal: ViT-B, batch 256 (two views), bf16, within 40 GB. Without a GPU counted, not measured."""
-    rows = []
-    for batch in cfg.batches:
-        for recompute in (False, True):
-            these = changed(cfg, batch=batch, checkpoint_activations=recompute)
-            peak = measured_peak(these, device) if device.type == "cuda" else counted_peak(these)
-            rows.append({"batch": batch, "checkpoint_activations": recompute, "peak_GB": peak / 1e9})
-    how = "measured" if device.type == "cuda" else "counted, not measured: attention as a GPU's fused kernel keeps it"
-    show(f"memory: {cfg.size} {cfg.precision}, {cfg.views} views, {cfg.height}x{cfg.width}, {how}", rows)
-
-    rows = []
-    for n in (1, 8):  # 4,096 embeddings: 2,048 pictures in two views, on one rank and on 8
-        terms = contrastive_terms(changed(cfg, batch=2048 // n), torch.device("cpu"), 768)
-        with pretended_ranks(n), PeakMemory() as memory:
-            terms()
-        row = {"ranks": n, "own_rows_x_columns": f"{4096 // n} x 4096", "peak_MB": memory.peak / 1e6}
-        rows.append(row | {"one_float32_matrix_MB": 4096 // n * 4096 * 4 / 1e6})
-    show("memory: L_align and L_mp of 4,096 embeddings, forward and backward", rows)
-
-
-def measured_peak(cfg, device):
-    step = Step(cfg, device)
-    step()
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return torch.cuda.max_memory_allocated(device)
-
-
-def counted_peak(cfg):
-    """Peak bytes of the second training step with tensors that have no content: nothing is computed or allocated."""
-    with replaced(ours, attention=F.scaled_dot_product_attention), FakeTensorMode():
-        step = Step(cfg, torch.device("cpu"))
-        N = step.model.encoder.grid[0] * step.model.encoder.grid[1]
-        masks = [torch.empty(cfg.batch, N, dtype=torch.bool) for _ in range(cfg.views)]
-        step.masks = lambda keypoints: masks
-        step()
-        with PeakMemory(*state_of(step), *masks) as memory:
-            step()
-    return memory.peak
 
 
 TABLES = {

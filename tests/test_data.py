@@ -10,8 +10,9 @@ from PIL import Image
 
 import data
 import masks as masking
-from common import UserError
-from data import PoseBatches, PretrainPictures, read_people
+from batches import PoseBatches
+from config import UserError
+from data import PretrainPictures, read_people
 from masks import part_guided_mask, random_mask
 
 # ------------------------------------------------------------------------------------------------------------ files

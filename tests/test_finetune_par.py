@@ -16,8 +16,9 @@ from sklearn.metrics import balanced_accuracy_score, jaccard_score, precision_sc
 
 import attributes
 import finetune_par
-from common import UserError, load_checkpoint
-from data import EpochBatches
+from batches import EpochBatches
+from common import load_checkpoint
+from config import UserError
 from finetune_par import attribute_metrics, weighted_bce
 
 TINY = ["size=tiny", "patch=8", "height=32", "width=16", "pad=2", "log_every=1"]

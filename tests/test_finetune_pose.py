@@ -19,10 +19,12 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
 import finetune_pose
+import heads
 import model
 import pose
 import pose_data
-from common import UserError, parameter_groups, read_config
+from common import parameter_groups
+from config import UserError, read_config
 from data import COCO_JOINTS
 
 DATA = os.environ.get("GENPOCCL_DATA")
@@ -57,11 +59,11 @@ def script(folder):
     path.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         f"import model; model.SIZES['tiny'] = {SMALL!r}\n"
-        "import common, finetune_pose, torch\n"
+        "import config, finetune_pose, torch\n"
         "if 'sgd' in sys.argv:\n"
         "    sys.argv.remove('sgd')\n"
         "    finetune_pose.build_optimizer = lambda cfg, model: torch.optim.SGD(model.parameters(), lr=0.0)\n"
-        "common.run_stage(finetune_pose.main)\n"
+        "config.run_stage(finetune_pose.main)\n"
     )
     return path
 
@@ -383,9 +385,7 @@ def test_mpii_head_sizes_and_pckh(tmp_path):
 
 
 def test_layer_decay_ids_and_groups():
-    net = finetune_pose.PoseModel(
-        model.ViT(32, 2, 2, (64, 48), 8, trainable_positions=True), model.SimpleHead(32, 3), "add"
-    )
+    net = heads.PoseModel(model.ViT(32, 2, 2, (64, 48), 8, trainable_positions=True), heads.SimpleHead(32, 3), "add")
     ids = {name: model.layer_of(name, 2) for name, _ in net.named_parameters()}
     for name in ("patch_embed.proj.weight", "cls_token", "pose_token", "pos_embed"):
         assert ids[f"encoder.{name}"] == 0
@@ -406,7 +406,7 @@ def test_layer_decay_ids_and_groups():
 @pytest.mark.parametrize("tokens", ["drop", "add", "add_cls_pose"])
 def test_tokens_decide_what_the_head_sees(tokens):
     torch.manual_seed(0)
-    net = finetune_pose.PoseModel(model.ViT(32, 2, 2, (64, 48), 8), model.SimpleHead(32, 3), tokens)
+    net = heads.PoseModel(model.ViT(32, 2, 2, (64, 48), 8), heads.SimpleHead(32, 3), tokens)
     x = torch.randn(2, 50, 32)
     net.encoder.forward = lambda images, drop_noise=None: x
     seen = []

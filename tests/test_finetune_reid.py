@@ -13,7 +13,9 @@ from PIL import Image
 import finetune_reid
 import losses
 import reid
-from common import UserError, load_checkpoint
+from batches import PersonBatches
+from common import load_checkpoint
+from config import UserError
 from finetune_reid import ranking_metrics, triplet_loss
 from model import layer_of
 
@@ -320,7 +322,7 @@ def test_batches_hold_different_people_and_as_many_as_can_be(seed):
     P, K = 4, 3
     counts = rng.integers(1, 25, 9)
     ids = rng.permutation(np.repeat(np.arange(9) * 10 + 5, counts))
-    sampler = reid.PersonBatches(ids, P, K, seed)
+    sampler = PersonBatches(ids, P, K, seed)
     epochs = [sampler.epoch_batches(e) for e in (0, 1)]
     for batches in epochs:
         assert batches.shape == (sampler.steps_per_epoch, P, K, 2)
@@ -343,14 +345,14 @@ def test_batches_hold_different_people_and_as_many_as_can_be(seed):
 
 def test_ranks_share_a_batch_and_a_resumed_run_goes_on():
     ids = np.repeat(np.arange(1, 8), 5)
-    whole = list(reid.PersonBatches(ids, 4, 2, 3).run(0, 9))
-    parts = [list(reid.PersonBatches(ids, 4, 2, 3, rank, 2).run(0, 9)) for rank in range(2)]
+    whole = list(PersonBatches(ids, 4, 2, 3).run(0, 9))
+    parts = [list(PersonBatches(ids, 4, 2, 3, rank, 2).run(0, 9)) for rank in range(2)]
     assert [a + b for a, b in zip(*parts)] == whole
-    assert list(reid.PersonBatches(ids, 4, 2, 3).run(5, 9)) == whole[5:]
+    assert list(PersonBatches(ids, 4, 2, 3).run(5, 9)) == whole[5:]
     with pytest.raises(UserError, match="people=4 does not split over 3 ranks"):
-        reid.PersonBatches(ids, 4, 2, 0, 0, 3)
+        PersonBatches(ids, 4, 2, 0, 0, 3)
     with pytest.raises(UserError, match="the training set has 7"):
-        reid.PersonBatches(ids, 8, 2, 0)
+        PersonBatches(ids, 8, 2, 0)
 
 
 def test_training_pictures_are_a_function_of_seed_epoch_index_copy(data):

@@ -15,7 +15,8 @@ from sklearn.metrics import average_precision_score
 import captions
 import finetune_t2i
 from captions import Words, pad_tokens, read_captions
-from common import UserError, load_checkpoint
+from common import load_checkpoint
+from config import UserError
 from finetune_t2i import ranking_loss, retrieval_metrics
 
 TINY = ["size=tiny", "patch=8", "height=32", "width=16", "project=16", "log_every=1"]

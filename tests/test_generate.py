@@ -26,7 +26,7 @@ import people_set
 import pictures
 import puppet
 import reid
-from common import UserError
+from config import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 JOINTS = generate.CATEGORY["keypoints"]

@@ -11,7 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import losses
-from model import Decoder, GenPoCCL, GlobalBatchNorm, Projector, ViT
+from heads import GlobalBatchNorm, Projector
+from model import Decoder, GenPoCCL, ViT
 
 M, D, P = 12, 6, 2  # rows of the global batch, width, patch side
 GRID = (2, 3)

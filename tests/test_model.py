@@ -9,8 +9,9 @@ import torchvision
 
 import losses
 import model
-from common import UserError
-from model import SIZES, ClassicHead, Decoder, GenPoCCL, Projector, SimpleHead, ViT, sincos_positions
+from config import UserError
+from heads import ClassicHead, Projector, SimpleHead
+from model import SIZES, Decoder, GenPoCCL, ViT, sincos_positions
 from weights import load_pretrained, resized_positions
 
 SIDE, P = (32, 16), 4  # a grid of 8 × 4

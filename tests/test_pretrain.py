@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from test_data import write_set
 
 import pretrain
-from common import UserError, load_checkpoint
+from common import load_checkpoint
+from config import UserError
 
 SMALL = ["size=tiny", "height=64", "width=32", "patch=8", "pictures_per_pose=3", "batch=12", "warmup_epochs=0.5"]
 SMALL += ["device=cpu", "workers=0"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
-from common import read_config
+from config import read_config
 
 BLOCKS = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
 COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines() if re.match(r"(python|torchrun) ", line)]

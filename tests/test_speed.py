@@ -18,6 +18,7 @@ from torchvision.transforms import RandomResizedCrop
 import data
 import losses
 import model
+from batches import PoseBatches
 from common import seed_all
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -109,7 +110,7 @@ def test_annotations_are_arrays_that_are_shared_and_not_copied(tmp_path):
     people = a_set(tmp_path)
     dataset = data.PretrainPictures([people], (96, 48), seed=0)
     assert np.shares_memory(dataset.keypoints[0], people.keypoints)
-    batches = data.PoseBatches(dataset, 6, 3, [], 0)
+    batches = PoseBatches(dataset, 6, 3, [], 0)
     for thing in (dataset, batches, people):
         values = thing._asdict() if hasattr(thing, "_asdict") else vars(thing)
         for name, value in values.items():
