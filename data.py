@@ -25,6 +25,9 @@ COCO_JOINTS = (
     "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
     "right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle"
 ).split()
+COCO_LINKS = "16-14 14-12 17-15 15-13 12-13 6-12 7-13 6-7 6-8 7-9 8-10 9-11 2-3 1-2 1-3 2-4 3-5 4-6 5-7"  # 1-based
+COCO_CATEGORY = dict(id=1, name="person", supercategory="person", keypoints=COCO_JOINTS)
+COCO_CATEGORY["skeleton"] = [[int(joint) for joint in link.split("-")] for link in COCO_LINKS.split()]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # [MAE] [HAP]
 
 

@@ -38,8 +38,9 @@ import people_set
 import pictures
 import puppet
 from chunks import Chunks, encoded, person_row, picture_seed, put, read_records, record_path, recorded
-from common import Key, Log, UserError, open_run, read_config, run_stage, seed_of, start_ranks, write_atomic
-from data import COCO_JOINTS, read_people, to_coco17
+from common import Log, open_run, seed_of, start_ranks, write_atomic
+from config import Key, UserError, read_config, run_stage
+from data import COCO_CATEGORY, COCO_JOINTS, read_people, to_coco17
 from diffusion import ADAPTERS, DRAW, MODELS, Auditor, Scene, load_painter, paint_chunk, painted_size
 
 KEYS = {
@@ -92,15 +93,6 @@ KEYS = {
     "workers": Key(0, "puppet: rendering processes; 0: this one", low=0, free=True),
     "device": Key("auto", "auto, cpu or cuda", free=True),
 }
-LSP_JOINTS = (
-    "right_ankle right_knee right_hip left_hip left_knee left_ankle right_wrist right_elbow right_shoulder "
-    "left_shoulder left_elbow left_wrist neck head_top"
-).split()
-SKELETON = (  # COCO's own, 1-based as in its files
-    "16-14 14-12 17-15 15-13 12-13 6-12 7-13 6-7 6-8 7-9 8-10 9-11 2-3 1-2 1-3 2-4 3-5 4-6 5-7"
-)
-CATEGORY = dict(id=1, name="person", supercategory="person", keypoints=COCO_JOINTS)
-CATEGORY["skeleton"] = [[int(joint) for joint in link.split("-")] for link in SKELETON.split()]
 
 
 # ------------------------------------------------------------------------------------------------- poses and prompts
@@ -131,8 +123,8 @@ def check_config(cfg):
 def read_poses(cfg):
     """→ (People with COCO-17 joints, everybody; rows (n,) to make pictures of; Counter of people left out and why)."""
     people, _ = read_people(cfg.annotations, check_pictures=False)
-    if set(LSP_JOINTS) <= set(people.joints):
-        joints = puppet.lsp_to_coco(people.keypoints[:, [people.joints.index(name) for name in LSP_JOINTS]])
+    if set(puppet.LSP_JOINTS) <= set(people.joints):
+        joints = puppet.lsp_to_coco(people.keypoints[:, [people.joints.index(name) for name in puppet.LSP_JOINTS]])
     else:
         joints = to_coco17(people.keypoints, people.joints)
     people = people._replace(keypoints=np.asarray(joints, np.float32), joints=COCO_JOINTS)
@@ -244,7 +236,7 @@ def write_annotations(cfg, count):
 
     def write(path):
         with open(path, "w", encoding="utf-8") as file:
-            file.write(f'{{"categories": {json.dumps([CATEGORY])},\n"images": [')
+            file.write(f'{{"categories": {json.dumps([COCO_CATEGORY])},\n"images": [')
             for i, row in rows():
                 image = {"id": i, "file_name": row["file_name"], "width": row["size"][0], "height": row["size"][1]}
                 file.write((",\n" if i > 1 else "\n") + json.dumps(image))
@@ -252,7 +244,7 @@ def write_annotations(cfg, count):
             for i, row in rows():
                 sheet.extend([row] if (i - 1) // K in shown else [])
                 entry = {name: value for name, value in row.items() if name not in ("file_name", "size")}
-                entry = {"id": i, "image_id": i, "category_id": CATEGORY["id"], **entry}
+                entry = {"id": i, "image_id": i, "category_id": COCO_CATEGORY["id"], **entry}
                 file.write((",\n" if i > 1 else "\n") + json.dumps(entry))
             file.write("\n]}\n")
 

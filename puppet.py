@@ -26,11 +26,12 @@ import numpy as np
 
 from puppet_body import LIMITS, PARTS, J, Poses, choose, project, sample_poses, take
 from puppet_draw import Canvas
-from puppet_lift import lsp_to_coco, poses_from_keypoints
+from puppet_lift import LSP_JOINTS, lsp_to_coco, poses_from_keypoints
 from puppet_person import Body, draw_person, visibility
 from puppet_scene import Scenes, draw_background, draw_ground, draw_occluder, finish, sample_scenes
 
-__all__ = ["PARTS", "J", "Poses", "take", "sample_poses", "project", "lsp_to_coco", "poses_from_keypoints"]
+__all__ = ["PARTS", "J", "Poses", "take", "sample_poses", "project"]
+__all__ += ["LSP_JOINTS", "lsp_to_coco", "poses_from_keypoints"]
 __all__ += ["Identities", "sample_identities", "attributes", "sentence", "Scenes", "sample_scenes", "render"]
 
 # --------------------------------------------------------------------------------------------------------- identity

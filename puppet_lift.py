@@ -14,6 +14,10 @@ from puppet_body import HEAD, L_EAR, L_EYE, L_ELB, L_HAND, L_SHO, L_WRI, NECK, N
 from puppet_body import L_ANK, L_HEEL, L_HIP, L_KNE, L_TOE, R_ANK, R_HIP, R_KNE
 # isort: on
 
+LSP_JOINTS = (
+    "right_ankle right_knee right_hip left_hip left_knee left_ankle right_wrist right_elbow right_shoulder "
+    "left_shoulder left_elbow left_wrist neck head_top"
+).split()
 LSP = [R_ANK, R_KNE, R_HIP, L_HIP, L_KNE, L_ANK, R_WRI, R_ELB, R_SHO, L_SHO, L_ELB, L_WRI]  # then neck, head top
 
 

@@ -19,7 +19,8 @@ import data
 import diffusion
 import generate
 import masks
-from common import read_config, seed_all
+from common import seed_all
+from config import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -145,7 +146,7 @@ def many_annotations(folder, n, pictures=64):
         '"caption": "a person in a red coat walks along a wide street in the evening", "seed": {0}}}'
     )
     with open(folder / "annotations.json", "w", encoding="utf-8") as file:
-        file.write(f'{{"categories": [{json.dumps(generate.CATEGORY)}], "images": [')
+        file.write(f'{{"categories": [{json.dumps(data.COCO_CATEGORY)}], "images": [')
         file.write(",\n".join(image.format(i, i // 5, i % 5) for i in range(n)) + '], "annotations": [')
         file.write(",\n".join(person.format(i, i // 5, i % 5) for i in range(n)) + "]}")
 

@@ -27,9 +27,10 @@ import pictures
 import puppet
 import reid
 from config import UserError
+from data import COCO_CATEGORY
 
 ROOT = Path(__file__).resolve().parent.parent
-JOINTS = generate.CATEGORY["keypoints"]
+JOINTS = COCO_CATEGORY["keypoints"]
 STANDING = np.array(  # a person in a 100 × 200 box, COCO-17
     [[50, 20], [54, 16], [46, 16], [58, 18], [42, 18], [68, 45], [32, 45], [76, 75], [24, 75], [80, 105], [20, 105]]
     + [[60, 105], [40, 105], [62, 145], [38, 145], [64, 190], [36, 190]],
@@ -59,7 +60,7 @@ def write_poses(folder):
         person(4, 9, 150, 5),
         person(5, 9, 20, 5, seen=4),
     ]
-    document = dict(images=images, annotations=people, categories=[generate.CATEGORY])
+    document = dict(images=images, annotations=people, categories=[COCO_CATEGORY])
     captions = [dict(id=10 * i + j, image_id=i, caption=f"caption {j} of {i}") for i in (7, 8, 9) for j in range(3)]
     (folder / "poses.json").write_text(json.dumps(document))
     (folder / "captions.json").write_text(json.dumps(dict(images=images, annotations=captions)))
@@ -355,7 +356,7 @@ def test_oks_is_cocos():
     truth = person(1, 7, 20, 40, seen=12)
     found = np.reshape(truth["keypoints"], (17, 3)) + rng.normal(0, 6, (17, 3))
     coco, result = COCO(), COCO()
-    coco.dataset = dict(images=[dict(id=7)], annotations=[truth], categories=[generate.CATEGORY])
+    coco.dataset = dict(images=[dict(id=7)], annotations=[truth], categories=[COCO_CATEGORY])
     result.dataset = dict(coco.dataset, annotations=[dict(truth, keypoints=found.ravel().tolist(), score=1.0)])
     coco.createIndex(), result.createIndex()
     evaluation = COCOeval(coco, result, "keypoints")
