@@ -36,11 +36,11 @@ ADAPTERS = {
     ("controlnet", "openpose"): "lllyasviel/control_v11p_sd15_openpose",
 }
 
-SCHEDULERS = {
-    "ddim": "DDIMScheduler",
-    "dpm++": "DPMSolverMultistepScheduler",
-    "euler": "EulerDiscreteScheduler",
-    "pndm": "PNDMScheduler",
+SAMPLERS = {  # diffusers' class, and how it spreads the steps over time (its own default)
+    "ddim": ("DDIMScheduler", "leading"),
+    "dpm++": ("DPMSolverMultistepScheduler", "linspace"),
+    "euler": ("EulerDiscreteScheduler", "linspace"),
+    "pndm": ("PNDMScheduler", "leading"),
 }
 
 DRAW = {"keypose": pictures.draw_keypose, "openpose": pictures.draw_openpose}
@@ -89,12 +89,23 @@ def load_painter(cfg, device):
         extra = {"controlnet": load_pretrained(cfg.adapter, "adapter", diffusers.ControlNetModel.from_pretrained)}
         load = partial(diffusers.StableDiffusionControlNetPipeline.from_pretrained, **extra)
     pipe = load_pretrained(cfg.model, "model", load)
-    scheduler = getattr(diffusers, SCHEDULERS[cfg.scheduler])
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = sampler(cfg.scheduler, pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     torch.backends.cudnn.deterministic = True
     precision = ("bf16" if device.type == "cuda" else "float32") if cfg.precision == "auto" else cfg.precision
     return pipe.to(device, {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+
+
+def sampler(name, config):
+    """The sampler `name` for a model whose own scheduler has this config.
+
+    The spacing is stated: a folder written by a newer diffusers names that of the scheduler it was saved with, and with
+    DDIM's 20 steps of dpm++ end five times as far from the exact picture (benchmarks/throughput.py generate).
+    """
+    import diffusers
+
+    kind, spacing = SAMPLERS[name]
+    return getattr(diffusers, kind).from_config(config, timestep_spacing=spacing)
 
 
 def paint(pipe, cfg, conditions, prompts, seeds, size):

@@ -288,8 +288,6 @@ def sampling_error(config, name, steps, guidance=7.5, samples=256, side=64):
     The pictures' law is known: 256 points of `side` numbers (unit variance, amplitudes falling like a photograph's),
     each with normal noise of .1 around it. So the noise prediction has a closed form; the condition allows 16 of them.
     """
-    import diffusers
-
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(256, side, generator=generator, dtype=torch.float64) / torch.arange(1, side + 1)
     centres *= side**0.5 / centres.square().sum(1).mean().sqrt()
@@ -302,8 +300,7 @@ def sampling_error(config, name, steps, guidance=7.5, samples=256, side=64):
         return rest * (x - signal * weight @ points) / variance
 
     def run(name, steps):
-        config_of_sd = {**config, "clip_sample": False}  # says the file of SD 1.4; PNDM itself has no such key
-        scheduler = getattr(diffusers, diffusion.SCHEDULERS[name]).from_config(config_of_sd)
+        scheduler = diffusion.sampler(name, {**config, "clip_sample": False})  # as the file of SD 1.4 says
         scheduler.set_timesteps(steps)
         x = noise
         for t in scheduler.timesteps:

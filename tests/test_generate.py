@@ -136,6 +136,23 @@ def tiny(tmp_path_factory):
     return root
 
 
+@pytest.mark.parametrize("name", diffusion.SAMPLERS)
+def test_a_sampler_spreads_its_steps_the_same_whoever_saved_the_model(name, tmp_path):
+    """A scheduler saved and read again states its own spacing, and would hand it on to another one."""
+    import diffusers
+
+    fresh = diffusers.PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    fresh.save_pretrained(tmp_path)
+    saved = diffusers.PNDMScheduler.from_pretrained(tmp_path)
+    steps = []
+    for scheduler in (fresh, saved):
+        scheduler = diffusion.sampler(name, scheduler.config)
+        scheduler.set_timesteps(20)
+        steps.append(scheduler.timesteps.tolist())
+    assert steps[0] == steps[1] and len(steps[0]) >= 20
+    assert (steps[0][0] == 999) == (name in ("dpm++", "euler"))  # these begin at the noisiest step
+
+
 def arguments(tiny, backend="t2i_adapter", **more):
     keys = dict(
         backend=backend, annotations=tiny / "poses.json", captions=tiny / "captions.json", model=tiny / "sd", steps=2,
