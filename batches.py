@@ -1,9 +1,9 @@
 """Which samples a step sees: batch samplers of pre-training (whole pose groups), plain fine-tuning and person ReID.
 
-Step of the whole run → this rank's samples, drawn from (seed, epoch) alone: a resumed run goes on with the same ones.
-The ranks' shares together are the batch of one process.
+They are drawn from (seed, epoch) alone: a resumed run goes on with the same ones, and the ranks' shares together are
+the batch of one process.
 
-Legend: P pictures of a pose (PoseBatches) · P people × K pictures of each, S batches in an epoch (PersonBatches).
+Legend: S batches in an epoch · P pictures of a pose (PoseBatches) · P people × K pictures of each (PersonBatches).
 """
 
 import numpy as np
@@ -12,10 +12,38 @@ from torch.utils.data import Sampler
 from common import rank_rows
 from config import UserError
 
+
+class WholeRun(Sampler):
+    """Batch sampler: step of the whole run → this rank's samples, each (epoch, index) and what else names it.
+
+    A subclass sets steps_per_epoch, seed, rank and world and gives epoch_batches(epoch), a pure function of
+    (seed, epoch): whole numbers (S, units, …, n), n of them for each sample. Ranks take whole units of a batch.
+    """
+
+    first, last = 0, None
+
+    def run(self, first, last):
+        """Iterate the steps first .. last-1 of the whole run."""
+        self.first, self.last = first, last
+        return self
+
+    def __len__(self):
+        return self.last - self.first
+
+    def __iter__(self):
+        cached, batches = None, None
+        for step in range(self.first, self.last):
+            epoch, place = divmod(step, self.steps_per_epoch)
+            if epoch != cached:
+                cached, batches = epoch, self.epoch_batches(epoch)
+            own = rank_rows(batches[place], self.rank, self.world)
+            yield [(epoch, *sample) for sample in own.reshape(-1, own.shape[-1]).tolist()]
+
+
 # ----------------------------------------------------------------------------------------------------- pre-training
 
 
-class PoseBatches(Sampler):
+class PoseBatches(WholeRun):
     """Batch sampler: step → this rank's (epoch, index) pairs; a global batch is `slots` slots of P pictures each.
 
     A slot holds P pictures of one pose, sampled without replacement, or P pictures without pose group. Ranks take whole
@@ -49,7 +77,6 @@ class PoseBatches(Sampler):
         self.counts, self.steps_per_epoch = counts, total // self.slots
         if self.steps_per_epoch == 0:
             raise UserError(f"batch={batch} is larger than the {total * self.P} pictures an epoch holds; lower it")
-        self.first, self.last = 0, None
 
     def _whole_groups(self, people, rows, start, had_bad):
         """(pose_id, index) arrays sorted by pose, only poses with ≥ P pictures."""
@@ -82,28 +109,15 @@ class PoseBatches(Sampler):
             places.append((np.arange(n) + np.random.default_rng([self.seed, epoch, f]).random()) / max(1, n))
         return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
 
-    def run(self, first, last):
-        """Iterate the steps first .. last-1 of the whole run."""
-        self.first, self.last = first, last
-        return self
-
-    def __len__(self):
-        return self.last - self.first
-
-    def __iter__(self):
-        own, cached, slots = self.slots // self.world, None, None
-        for step in range(self.first, self.last):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != cached:
-                cached, slots = epoch, self.epoch_slots(epoch)
-            begin = place * self.slots + self.rank * own
-            yield [(epoch, int(index)) for index in slots[begin : begin + own].ravel()]
+    def epoch_batches(self, epoch):
+        S, used = self.steps_per_epoch, self.steps_per_epoch * self.slots
+        return self.epoch_slots(epoch)[:used].reshape(S, self.slots, self.P, 1)
 
 
 # ------------------------------------------------------------------------------------------------------ fine-tuning
 
 
-class EpochBatches(Sampler):
+class EpochBatches(WholeRun):
     """Batch sampler of plain fine-tuning: step → this rank's (epoch, index) pairs of `n` samples; `batch` is global.
 
     An epoch is a permutation, a function of (seed, epoch); its last incomplete batch is dropped.
@@ -115,28 +129,15 @@ class EpochBatches(Sampler):
             raise UserError(f"batch={batch} does not split over {world} ranks; make it a multiple of {world}")
         if n < batch:
             raise UserError(f"batch={batch} is larger than the {n} training samples; lower it")
-        self.n, self.batch, self.seed, self.rank, self.own = n, batch, seed, rank, batch // world
-        self.steps_per_epoch, self.first, self.last = n // batch, 0, None
+        self.n, self.batch, self.seed, self.rank, self.world = n, batch, seed, rank, world
+        self.steps_per_epoch = n // batch
 
-    def run(self, first, last):
-        """Iterate the steps first .. last-1 of the whole run."""
-        self.first, self.last = first, last
-        return self
-
-    def __len__(self):
-        return self.last - self.first
-
-    def __iter__(self):
-        cached, order = None, None
-        for step in range(self.first, self.last):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != cached:
-                cached, order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.n)
-            begin = place * self.batch + self.rank * self.own
-            yield [(epoch, int(index)) for index in order[begin : begin + self.own]]
+    def epoch_batches(self, epoch):
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+        return order[: self.steps_per_epoch * self.batch].reshape(self.steps_per_epoch, self.batch, 1)
 
 
-class PersonBatches(Sampler):
+class PersonBatches(WholeRun):
     """Batch sampler: step → this rank's (epoch, index, copy) triples; a batch is P different people × K pictures.
 
     ids (N,) of the pictures. In an epoch a person with n ≥ K pictures gives n // K groups of K different ones; one with
@@ -162,10 +163,9 @@ class PersonBatches(Sampler):
         self.steps_per_epoch = S
         short = int((counts < pictures).sum())
         self.about = f"{short} people have fewer than {pictures} pictures and show them again"
-        self.first, self.last = 0, None
 
     def epoch_batches(self, epoch):
-        """(S, P, K, 2) picture index and copy: a pure function of (seed, epoch)."""
+        """(S, P, K, 2): index and copy of each picture."""
         rng, S = np.random.default_rng([self.seed, epoch]), self.steps_per_epoch
         slots = np.empty((S * self.P, self.K, 2), np.int64)
         t = 0
@@ -177,20 +177,3 @@ class PersonBatches(Sampler):
             t += n
         # Slot t goes to batch t mod S: a person's slots are at most S in a row, so all in different batches.
         return slots.reshape(self.P, S, self.K, 2).transpose(1, 0, 2, 3)[rng.permutation(S)]
-
-    def run(self, first, last):
-        """Iterate the steps first .. last-1 of the whole run."""
-        self.first, self.last = first, last
-        return self
-
-    def __len__(self):
-        return self.last - self.first
-
-    def __iter__(self):
-        cached, batches = None, None
-        for step in range(self.first, self.last):
-            epoch, place = divmod(step, self.steps_per_epoch)
-            if epoch != cached:
-                cached, batches = epoch, self.epoch_batches(epoch)
-            own = rank_rows(batches[place], self.rank, self.world).reshape(-1, 2)
-            yield [(epoch, int(index), int(copy)) for index, copy in own]
