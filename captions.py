@@ -5,7 +5,6 @@ Legend: B pairs on this rank · M pairs of all ranks · N pictures · C captions
 · U width of a word's vector · E width of the shared space · v, t features of picture and text.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -20,7 +19,7 @@ from torch.utils.data import Dataset
 
 from common import seed_all
 from config import UserError
-from data import load_picture
+from data import load_picture, read_json
 from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
 from reid import evaluate_features
 
@@ -47,10 +46,7 @@ def read_captions(path, folder=None):
     Raises UserError: not such a file, an unknown split, an empty caption, missing pictures.
     """
     path = Path(path)
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {path} as JSON: {error}") from None
+    entries = read_json(path)
     if not isinstance(entries, list) or not entries:
         raise UserError(f"{path} must hold a list of {{split, captions, id, file_path or img_path}}")
     beside = path.parent / "images" if (path.parent / "images").is_dir() else path.parent / "imgs"

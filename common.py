@@ -49,8 +49,11 @@ def autocast(device, precision):
     bf16 is autocast without a scaler: weights, losses and optimiser stay float32.
     """
     if precision == "auto":
-        native = torch.cuda.is_bf16_supported if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported
-        precision = "bf16" if native() else "fp32"
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.cpu._is_avx512_bf16_supported()
+        precision = "bf16" if native else "fp32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -178,6 +181,8 @@ def open_run(cfg, keys, rank=0):
     if state == "new" and rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "config.yaml", lambda path: path.write_text(yaml.safe_dump(values, sort_keys=False)))
+    if state == "finished" and rank == 0:
+        print(f"{out} is finished already")
     barrier()
     return state
 

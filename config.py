@@ -1,6 +1,7 @@
 """Between a stage and its user: errors of one line, and the config from defaults, YAML file and command line.
 
-Each stage has a table KEYS (name → Key) of what may be set. Nothing in this file knows a stage.
+Each stage has a table KEYS (name → Key) of what may be set. Nothing in this file knows a stage, but for
+check_job, which the fine-tuning stages share.
 """
 
 import argparse
@@ -60,7 +61,7 @@ class Key(NamedTuple):
 
     default: object
     meaning: str
-    origin: str = "ours"  # [paper] [HAP] [MAE] [StableRep] [silent] ... as the method's description marks them
+    origin: str = "ours"  # where the value comes from: README, "Origins"
     choices: tuple = ()
     low: float = -math.inf  # inclusive bounds for numbers (and for each number of a list)
     high: float = math.inf
@@ -95,7 +96,10 @@ def read_config(keys, doc, argv=None):
 
 
 def describe(keys):
-    lines = [f"  {name}: {key.meaning} (default {key.default!r}; {key.origin})" for name, key in keys.items()]
+    lines = []
+    for name, key in keys.items():
+        choices = f" [{', '.join(map(str, key.choices))}]" if key.choices else ""
+        lines.append(f"  {name}: {key.meaning}{choices} (default {key.default!r}; {key.origin})")
     return "\n".join(line.replace("%", "%%") for line in lines)
 
 
@@ -156,7 +160,8 @@ def checked(name, value, key, where):
             if not isinstance(item, bool):
                 raise wrong("true or false")
             return item
-        if isinstance(item, bool) or not isinstance(item, (int, float)) or (kind is int and item != int(item)):
+        number = isinstance(item, (int, float)) and not isinstance(item, bool) and math.isfinite(item)
+        if not number or (kind is int and item != int(item)):
             raise wrong("a whole number" if kind is int else "a number")
         if not key.low <= item <= key.high:
             raise wrong(f"between {key.low} and {key.high}" if key.high < math.inf else f"at least {key.low}")

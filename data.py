@@ -200,6 +200,28 @@ def to_coco17(keypoints, joints):
     return out
 
 
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+
+
+def picture_names(folder, below=False):
+    """Sorted names of the picture files in a folder (below: and its folders); UserError where there are none."""
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder {folder}; check the keys that name folders")
+    paths = Path(folder).rglob("*") if below else Path(folder).iterdir()
+    names = sorted(str(path.relative_to(folder)) for path in paths if path.suffix.lower() in PICTURES)
+    if not names:
+        raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
+    return names
+
+
+def read_json(path):
+    """Any JSON file; one clear line where it is none."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path} as JSON: {error}") from None
+
+
 def find_bad_pictures(people):
     """[(name, reason)] of missing, empty or truncated pictures: the file's end is looked at, doubtful ones decoded."""
     bad = []
@@ -271,7 +293,7 @@ class PretrainPictures(Dataset):
         return int(self.starts[-1])
 
     def where(self, index):
-        """index → (People, row in it)."""
+        """index → (number of the file, row in its People)."""
         f = int(np.searchsorted(self.starts, index, side="right")) - 1
         return f, int(index - self.starts[f])
 

@@ -22,11 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pycocotools.cocoeval import Params
 
 import pictures
 from chunks import person_row, picture_seed
 from config import UserError
+from pose import COCO_SIGMAS
+from pose import oks as pose_oks
 
 MODELS = {"t2i_adapter": "CompVis/stable-diffusion-v1-4", "controlnet": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 
@@ -48,7 +49,7 @@ DRAW = {"keypose": pictures.draw_keypose, "openpose": pictures.draw_openpose}
 # ------------------------------------------------------------------------------------------------------------- painting
 
 
-def load_pretrained(name, key, load):
+def from_folder_or_hub(name, key, load):
     """`load(name, …)` from a folder, the hub's cache or the hub. One clear line where it is not to be had."""
     import huggingface_hub
 
@@ -83,24 +84,24 @@ def load_painter(cfg, device):
         library.logging.disable_progress_bar()
     # Weights that come pickled, not as safetensors, are read with weights_only by diffusers and transformers.
     if cfg.backend == "t2i_adapter":
-        extra = {"adapter": load_pretrained(cfg.adapter, "adapter", diffusers.T2IAdapter.from_pretrained)}
+        extra = {"adapter": from_folder_or_hub(cfg.adapter, "adapter", diffusers.T2IAdapter.from_pretrained)}
         load = partial(diffusers.StableDiffusionAdapterPipeline.from_pretrained, **extra)
     else:
-        extra = {"controlnet": load_pretrained(cfg.adapter, "adapter", diffusers.ControlNetModel.from_pretrained)}
+        extra = {"controlnet": from_folder_or_hub(cfg.adapter, "adapter", diffusers.ControlNetModel.from_pretrained)}
         load = partial(diffusers.StableDiffusionControlNetPipeline.from_pretrained, **extra)
-    pipe = load_pretrained(cfg.model, "model", load)
+    pipe = from_folder_or_hub(cfg.model, "model", load)
     pipe.scheduler = sampler(cfg.scheduler, pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     torch.backends.cudnn.deterministic = True
-    precision = ("bf16" if device.type == "cuda" else "float32") if cfg.precision == "auto" else cfg.precision
-    return pipe.to(device, {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    precision = ("bf16" if device.type == "cuda" else "fp32") if cfg.precision == "auto" else cfg.precision
+    return pipe.to(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
 
 
 def sampler(name, config):
     """The sampler `name` for a model whose own scheduler has this config.
 
-    The spacing is stated: a folder written by a newer diffusers names that of the scheduler it was saved with, and with
-    DDIM's 20 steps of dpm++ end five times as far from the exact picture (benchmarks/throughput.py generate).
+    The spacing is stated: a folder saved by a newer diffusers names the spacing of its own scheduler, and with DDIM's,
+    20 steps of dpm++ end five times as far from the exact picture.
     """
     import diffusers
 
@@ -179,9 +180,9 @@ class Auditor:
         import transformers
 
         name, self.device = cfg.audit_model, device
-        model = load_pretrained(name, "audit_model", transformers.VitPoseForPoseEstimation.from_pretrained)
+        model = from_folder_or_hub(name, "audit_model", transformers.VitPoseForPoseEstimation.from_pretrained)
         self.model = model.to(device).eval()
-        self.processor = load_pretrained(name, "audit_model", transformers.AutoImageProcessor.from_pretrained)
+        self.processor = from_folder_or_hub(name, "audit_model", transformers.AutoImageProcessor.from_pretrained)
         if self.model.config.num_labels != 17:
             raise UserError(f"audit_model={name} has {self.model.config.num_labels} joints; COCO's 17 are needed")
 
@@ -193,16 +194,6 @@ class Auditor:
             inputs["dataset_index"] = torch.zeros(len(boxes), dtype=torch.long, device=self.device)
         found = self.processor.post_process_pose_estimation(self.model(**inputs), boxes=[boxes])[0]
         return np.stack([person["keypoints"].numpy() for person in found])
-
-
-def oks(measured, keypoints, areas):
-    """measured (n, 17, 2), keypoints (n, 17, 3), areas (n,) px² → agreement (n,) in [0, 1] over labelled joints."""
-    sigmas = Params(iouType="keypoints").kpt_oks_sigmas  # [COCO]
-    d2 = ((measured - keypoints[..., :2]) ** 2).sum(-1)
-    # [COCO]  OKS = mean over labelled joints of exp(−d² / (2 · area · (2σ)²))
-    agree = np.exp(-d2 / (2 * np.maximum(areas, 1.0)[:, None] * (2 * sigmas) ** 2))
-    seen = keypoints[..., 2] > 0
-    return (agree * seen).sum(-1) / np.maximum(seen.sum(-1), 1)
 
 
 # -------------------------------------------------------------------------------------------------------------- a chunk
@@ -239,7 +230,8 @@ def paint_chunk(cfg, scenes, pipe, auditor):
 def take_people(cfg, scene, k, seed, picture, auditor, filled):
     """Crop the people of one painted picture into filled[pose, k], where the audit (if any) agrees."""
     if auditor:
-        agreement = oks(auditor.measure(picture, scene.boxes), scene.keypoints, scene.areas)
+        measured, areas = auditor.measure(picture, scene.boxes), np.maximum(scene.areas, 1.0)
+        agreement = np.nan_to_num(pose_oks(measured, scene.keypoints, areas, np.array(list(COCO_SIGMAS.values()))))
     for n, pose in enumerate(scene.pose_ids):
         if (pose, k) in filled or (auditor and agreement[n] < cfg.audit_threshold):
             continue

@@ -1,17 +1,19 @@
-"""Stage 3c: pedestrian attributes ("female", "backpack", "long sleeves", …) from a pre-trained encoder  [Rethinking_of_PAR]
+"""Stage 3c: pedestrian attributes ("female", "backpack", …) from a pre-trained encoder  [Rethinking_of_PAR]
 
 Inputs   PA-100K, PETA, RAP v1 or v2 as downloaded (.mat), or CSV files `image,attribute,…` of 0 and 1; an encoder.
 Outputs  in `out`: metrics.json (mA, accuracy, precision, recall, F1), attributes.csv (one row per attribute),
          attributes.png (chart), examples.png, model.safetensors (EMA weights), encoder.safetensors, last.pt, log.jsonl.
 
   python finetune_par.py --cfg configs/finetune_par_demo.yaml
-  torchrun --nproc_per_node=2 finetune_par.py --cfg configs/finetune_par_pa100k.yaml encoder=runs/pretrain/encoder.safetensors
-  python finetune_par.py --cfg configs/finetune_par_demo.yaml weights=runs/demo/par_run/model.safetensors predict=FOLDER out=OUT
+  torchrun --nproc_per_node=2 finetune_par.py --cfg configs/finetune_par_pa100k.yaml encoder=ENCODER \\
+         annotation=PA-100K/annotation.mat images=PA-100K/data
+  python finetune_par.py --cfg configs/finetune_par_demo.yaml weights=runs/demo/par_run/model.safetensors \\
+         predict=FOLDER out=OUT
 
 Recipe: mean of the patch tokens → linear; weighted BCE; AdamW; EMA. The test set is looked at once, at the end: the
 last epoch is reported, or the best one on validation (select=val). The reference code reports its best test epoch.
 Legend: B pictures on this rank · A attributes · r positive ratio in training · H, W picture · p probability.
-"""  # noqa: E501
+"""
 
 import copy
 import csv
@@ -50,10 +52,9 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import load_picture, normalize
-from heads import TOKENS, feature_width, token_features
+from data import load_picture, normalize, picture_names
+from heads import TOKENS, feature_width, reads_pose, token_features
 from model import SIZES
-from reid import picture_names
 from weights import load_encoder, meta_of, use_meta
 
 KEYS = dict(
@@ -115,7 +116,6 @@ def main():
         batches = EpochBatches(len(splits["train"].files), cfg.batch, cfg.seed, rank, world)
         total = cfg.epochs * batches.steps_per_epoch
     if open_run(cfg, KEYS, rank) == "finished":
-        print(f"{cfg.out} is finished already: see {cfg.out}/metrics.json") if rank == 0 else None
         return
     model.to(device)
     if total:
@@ -172,7 +172,7 @@ def build_model(cfg, names):
         if names is not None and names != known:
             raise UserError(f"{cfg.weights} knows the attributes {', '.join(known)}; the data has {', '.join(names)}")
         names = known
-    start, pose_token = (None, cfg.pose_token) if m else (cfg.encoder, True)
+    start, pose_token = (None, cfg.pose_token) if m else (cfg.encoder, cfg.encoder is None or reads_pose(cfg.token))
     encoder, size, sentence = load_encoder(start, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token)
     model = AttributeModel(encoder, cfg.token, len(names))
     if m:
@@ -337,7 +337,6 @@ def predict(cfg, rank, world, device):
     found = picture_names(cfg.predict, below=True)
     model, meta, _ = build_model(cfg, None)
     if open_run(cfg, KEYS, rank) == "finished":
-        print(f"{cfg.out} is finished already: see {cfg.out}/predictions.csv") if rank == 0 else None
         return
     names, files = json.loads(meta["attributes"]), [str(Path(cfg.predict) / name) for name in found]
     split = Split(files, np.full((len(files), len(names)), -1, np.int8))

@@ -5,8 +5,8 @@ Inputs   people with joints (COCO keypoint JSON of any joint set, or MPII's list
 Outputs  in `out`: model.safetensors (encoder + head), encoder.safetensors, metrics.json (OKS-AP/AR, PCK, PCKh),
          results.json (COCO keypoint results), overlays.png (truth beside prediction), pck.png, last.pt, log.jsonl.
 
-  python finetune_pose.py --cfg configs/finetune_pose_demo.yaml encoder=runs/pretrain/encoder.safetensors   laptop
-  torchrun --nproc_per_node=8 finetune_pose.py --cfg configs/finetune_pose_coco.yaml                        GPUs
+  python finetune_pose.py --cfg configs/finetune_pose_demo.yaml encoder=runs/demo/pretrain/encoder.safetensors
+  torchrun --nproc_per_node=8 finetune_pose.py --cfg configs/finetune_pose_coco.yaml encoder=ENCODER
   python finetune_pose.py eval_only=true weights=runs/pose/model.safetensors val_annotations=val.json out=runs/eval
   python finetune_pose.py predict=my_pictures weights=runs/pose/model.safetensors out=runs/mine
 
@@ -50,7 +50,7 @@ from common import (
 )
 from config import Key, UserError, check_job, read_config, run_stage
 from data import load_picture, normalize
-from heads import ClassicHead, PoseModel, SimpleHead
+from heads import ClassicHead, PoseModel, SimpleHead, reads_pose
 from model import SIZES, layer_of
 from weights import load_encoder, meta_of, use_meta
 
@@ -81,7 +81,7 @@ KEYS = dict(
     encoder=Key(None, "encoder weights to start from; none = from scratch"),
     size=Key("base", "encoder size, where encoder= does not know it itself", "[HAP]", tuple(SIZES)),
     patch=Key(16, "patch side in pixels, where encoder= does not know it itself", "[MAE]", low=1),
-    pose_token=Key(True, "[POSE], where encoder= does not know it itself", "[paper]"),
+    pose_token=Key(True, "[POSE] from scratch, and with others' weights if `tokens` reads it", "[paper]"),
     tokens=Key("drop", "special tokens after the encoder: drop them, add [POSE] to every patch, add_cls_pose: both",
                "[silent]", ("drop", "add", "add_cls_pose")),
     head=Key("classic", "classic: two deconvolutions; simple: bilinear × 4", "[ViTPose]", ("classic", "simple")),
@@ -138,7 +138,6 @@ def main():
         dataset = pose_data.PosePictures(cfg, train_people, training=True)
         batches = EpochBatches(len(dataset), cfg.batch, cfg.seed, rank, world)
     if open_run(cfg, KEYS, rank) == "finished":
-        print(f"{cfg.out} is finished already") if rank == 0 else None
         return
 
     if train_people:
@@ -175,8 +174,9 @@ def check(cfg):
 def build_model(cfg, n_joints):
     """→ (PoseModel with the encoder's or the fine-tuned weights, what to write beside them, one sentence about it)."""
     start, more = None if cfg.weights else cfg.encoder, {"checkpoint_activations": cfg.checkpoint_activations}
+    pose_token = cfg.pose_token and (start is None or reads_pose(cfg.tokens))
     encoder, size, sentence = load_encoder(
-        start, (cfg.height, cfg.width), cfg.size, cfg.patch, cfg.pose_token, cfg.drop_path, **more
+        start, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token, cfg.drop_path, **more
     )
     head = {"classic": ClassicHead, "simple": SimpleHead}[cfg.head](encoder.width, n_joints)
     model = PoseModel(encoder, head, cfg.tokens)

@@ -5,8 +5,8 @@ Inputs   Market-1501 or MSMT17 V1 as downloaded, or folders in Market naming (00
 Outputs  in `out`: metrics.json (mAP, CMC), ranked_lists.png (best, median, worst queries), model.safetensors,
          encoder.safetensors (fine-tuned), last.pt (everything to resume), log.jsonl, config.yaml.
 
-  python finetune_reid.py --cfg configs/finetune_reid_demo.yaml                                        laptop
-  torchrun --nproc_per_node=2 finetune_reid.py --cfg configs/finetune_reid_market.yaml data=MARKET     GPUs
+  python finetune_reid.py --cfg configs/finetune_reid_demo.yaml                                     # laptop
+  torchrun --nproc_per_node=2 finetune_reid.py --cfg configs/finetune_reid_market.yaml data=MARKET  # GPUs
   python finetune_reid.py eval_only=true weights=runs/reid/model.safetensors data=MARKET out=runs/eval
   python finetune_reid.py predict=FOLDER weights=runs/reid/model.safetensors out=runs/mine
 
@@ -51,8 +51,8 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import load_picture, normalize
-from heads import TOKENS, GlobalBatchNorm, feature_width, token_features
+from data import load_picture, normalize, picture_names
+from heads import TOKENS, GlobalBatchNorm, feature_width, reads_pose, token_features
 from model import SIZES, layer_of
 from reid import evaluate_features, ranking_metrics, triplet_loss
 from weights import load_encoder, meta_of, use_meta
@@ -91,7 +91,7 @@ KEYS = dict(
     seed=Key(0, "seed of everything", low=0),
     # evaluation
     rerank=Key(False, "k-reciprocal re-ranking (reported beside the plain figures)", "option, [Zhong 2017]"),
-    eval_every=Key(0, "epochs between evaluations; 0 = after the last only, which alone is reported", low=0),
+    eval_every=Key(0, "epochs between evaluations; 0 = after the last only, which alone is reported", low=0, free=True),
     eval_batch=Key(128, "pictures at a time on each rank in evaluation", low=1),
     # what to do instead of training
     eval_only=Key(False, "only evaluate weights= on the queries and gallery of data="),
@@ -126,7 +126,6 @@ def main():
     seed_all(cfg.seed)  # initial weights
     model, meta, sentence = build_model(cfg, train_set and len(batches.members))
     if open_run(cfg, KEYS, rank) == "finished":
-        print(f"{cfg.out} is finished already: see {cfg.out}/metrics.json") if rank == 0 else None
         return
     model.to(device)
     if train_set:
@@ -176,10 +175,9 @@ class ReID(nn.Module):
 def build_model(cfg, people=None):
     """→ (model, what its file says of it, a sentence). With weights=, model and input size come from that file."""
     m = use_meta(cfg, "finetune_reid.py", "people", "token", "bnneck")
-    # Others' weights have no [POSE]: one is added, untrained, only where it is asked for.
-    pose_token = cfg.pose_token if m else cfg.encoder is None or cfg.token in ("pose", "both")
+    start, pose_token = (None, cfg.pose_token) if m else (cfg.encoder, cfg.encoder is None or reads_pose(cfg.token))
     encoder, size, sentence = load_encoder(
-        None if m else cfg.encoder, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token, cfg.drop_path,
+        start, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token, cfg.drop_path,
         checkpoint_activations=cfg.checkpoint_activations,
     )  # fmt: skip
     people = int(m["people"]) if m else people
@@ -328,10 +326,9 @@ def predict(cfg, rank, world, device, rows=40, columns=10):
     embeddings.npz: files (N,) text, embeddings (N, D) float32 of length 1, nearest (N, 10) row numbers of the most
     alike others, similarity (N, 10) their cosines.
     """
-    names = reid.picture_names(cfg.predict, below=True)
+    names = picture_names(cfg.predict, below=True)
     model, _, sentence = build_model(cfg)
     if open_run(cfg, KEYS, rank) == "finished":
-        print(f"{cfg.out} is finished already: see {cfg.out}/embeddings.npz") if rank == 0 else None
         return
     data = reid.Pictures(cfg.predict, reid.encoded(names), None, None)
     z = embed(cfg, model.to(device), data, rank, world, device)

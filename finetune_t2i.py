@@ -5,7 +5,8 @@ Outputs  in `out`: metrics.json (R@1, R@5, R@10, mAP, text → image and image �
          ten best pictures), model.safetensors, encoder.safetensors, last.pt, log.jsonl.
 
   python finetune_t2i.py --cfg configs/finetune_t2i_demo.yaml
-  torchrun --nproc_per_node=2 finetune_t2i.py --cfg configs/finetune_t2i_cuhk.yaml encoder=ENCODER
+  torchrun --nproc_per_node=2 finetune_t2i.py --cfg configs/finetune_t2i_cuhk.yaml encoder=ENCODER \\
+         captions=CUHK-PEDES/reid_raw.json images=CUHK-PEDES/imgs
   python finetune_t2i.py --cfg configs/finetune_t2i_demo.yaml weights=runs/demo/t2i_run/model.safetensors \\
          predict=FOLDER sentence="a woman in a red coat" out=OUT
 
@@ -58,11 +59,10 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import load_picture, normalize
-from heads import TOKENS, feature_width, token_features
+from data import load_picture, normalize, picture_names
+from heads import TOKENS, feature_width, reads_pose, token_features
 from losses import no_autocast
 from model import SIZES
-from reid import picture_names
 from weights import load_encoder, meta_of, use_meta
 
 KEYS = dict(
@@ -129,7 +129,6 @@ def main():
     seed_all(cfg.seed)  # initial weights
     model, text, meta, sentence = build_model(cfg, splits["train"], device)
     if open_run(cfg, KEYS, rank) == "finished":
-        print(f"{cfg.out} is finished already: see {cfg.out}/metrics.json") if rank == 0 else None
         return
     model.to(device)
     if total:
@@ -200,7 +199,7 @@ class TextToImage(nn.Module):
 def build_model(cfg, train_split, device):
     """→ (model, text side, what the file says of it, a sentence). With weights=, all settings come from that file."""
     m = use_meta(cfg, "finetune_t2i.py", "vocabulary", "token", "project", "text", "max_tokens")
-    start, pose_token = (None, cfg.pose_token) if m else (cfg.encoder, True)
+    start, pose_token = (None, cfg.pose_token) if m else (cfg.encoder, cfg.encoder is None or reads_pose(cfg.token))
     encoder, size, sentence = load_encoder(
         start, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token,
         checkpoint_activations=cfg.checkpoint_activations,
@@ -333,7 +332,6 @@ def predict(cfg, rank, world, device):
     names = picture_names(cfg.predict, below=True)
     model, text, _, _ = build_model(cfg, None, device)
     if open_run(cfg, KEYS, rank) == "finished":
-        print(f"{cfg.out} is finished already: see {cfg.out}/ranking.json") if rank == 0 else None
         return
     files, model = [str(Path(cfg.predict) / name) for name in names], model.to(device)
     v = embed_pictures(cfg, model, files, rank, world, device)

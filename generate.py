@@ -45,9 +45,8 @@ from diffusion import ADAPTERS, DRAW, MODELS, Auditor, Scene, load_painter, pain
 
 KEYS = {
     "out": Key("runs/generate", "run folder"),
-    "task": Key(
-        "pretrain", "pretrain: pose-consistent pictures; people: one set for ReID, attributes, captions"
-    )._replace(choices=("pretrain", "people")),
+    "task": Key("pretrain", "pretrain: pose-consistent pictures; people: a set for ReID, attributes, captions", "ours",
+                ("pretrain", "people")),
     "backend": Key("puppet", "picture generator", "[paper] t2i_adapter", ("t2i_adapter", "controlnet", "puppet")),
     "annotations": Key(None, "COCO keypoint JSON with the poses; none: the puppet samples them", "[paper] COCO"),
     "captions": Key(
@@ -64,15 +63,14 @@ KEYS = {
     "seed": Key(0, "seed of everything", low=0),
     "model": Key(None, "Stable Diffusion, hub id or folder; none: the backend's own", "[paper] SD 1.4"),
     "adapter": Key(None, "T2I-Adapter or ControlNet, hub id or folder; none: the condition's own", "[paper]"),
-    "condition": Key("auto", "skeleton drawing; auto: keypose, controlnet openpose", "[silent]")._replace(
-        choices=("auto", "keypose", "openpose")
-    ),
+    "condition": Key("auto", "skeleton drawing; auto: keypose, controlnet openpose", "[silent]",
+                     ("auto", "keypose", "openpose")),
     "resolution": Key(512, "pictures have about resolution² pixels, sides multiples of 64", "[T2I-Adapter]", low=64),
     "scheduler": Key("dpm++", "sampler", "[T2I-Adapter] ddim; paper silent", ("ddim", "dpm++", "euler", "pndm")),
     "steps": Key(20, "denoising steps", "[DPM-Solver++] 15 to 20; [T2I-Adapter] 50 of ddim", low=1),
     "guidance": Key(7.5, "classifier-free guidance", "[T2I-Adapter]", low=0.0),
     "adapter_weight": Key(1.0, "strength of the condition", "[T2I-Adapter]", low=0.0),
-    "precision": Key("auto", "auto: bf16 on CUDA, else float32", "ours", ("auto", "float32", "bf16", "fp16")),
+    "precision": Key("auto", "auto: bf16 on CUDA, else fp32", "ours", ("auto", "fp32", "bf16", "fp16")),
     "batch": Key(8, "whole pictures painted at once; another value changes the last bits", low=1),
     "retries": Key(3, "further seeds for a picture the safety checker or the audit refuses", low=0),
     "audit": Key("none", "measure each generated person's pose (not in the paper)", "ours", ("none", "vitpose")),
@@ -91,8 +89,8 @@ KEYS = {
     "chunk": Key(32, "units per record: what a kill can cost, and what ranks and workers take at a time", low=1),
     "sheet_rows": Key(10, "poses, or people, on the contact sheet", low=1),
     "workers": Key(0, "puppet: rendering processes; 0: this one", low=0, free=True),
-    "device": Key("auto", "auto, cpu or cuda", free=True),
-}
+    "device": Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- poses and prompts
@@ -188,7 +186,7 @@ def draw_chunk(cfg, people, units):
         pose_ids, poses = list(units), puppet.sample_poses(cfg.seed, units)
     else:
         pose_ids = people.annotation_id[units].tolist()
-        poses = puppet.poses_from_keypoints(people.keypoints[units], people.boxes[units], size)
+        poses = puppet.poses_from_keypoints(people.keypoints[units], people.boxes[units])
     for p, pose in enumerate(pose_ids):
         if not poses.ok[p]:
             rows.append((None, {"pose_id": pose, "skipped": "with too few joints to draw a body"}))
@@ -282,7 +280,7 @@ def main():
     out = Path(cfg.out)
     if (out / "done").exists() and open_run(asked, KEYS, rank) == "finished":
         if rank == 0:
-            print(f"{out} is finished: {(out / 'summary.json').read_text()}")
+            print((out / "summary.json").read_text())
         return
 
     # Everything that can be wrong with the input is found before the run folder is made.

@@ -135,6 +135,11 @@ class PoseModel(nn.Module):
 TOKENS = ("cls", "pose", "both", "patch_mean", "patch_max")
 
 
+def reads_pose(choice):
+    """Does this `token` or `tokens` use [POSE]? Others' weights have none: only then one is added, untrained."""
+    return choice in ("pose", "both", "add", "add_cls_pose")
+
+
 def token_features(tokens, n_special, choice):
     """What stands for the whole picture: tokens (B, S + N, D) of the encoder → (B, D), or (B, 2D) for "both".
 

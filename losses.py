@@ -114,9 +114,10 @@ def normalized(patches):
     return centred / std, mean, std
 
 
-def normalized_patches(images, patch_size):
-    """(B, 3, H, W) → normalised patches (B, N, p·p·3), and the mean and std (B, N, 1) that undo it."""
-    return normalized(patchify(images, patch_size))
+def patch_error(pred, patches):
+    """Prediction and pixels (…, p·p·3) → (…) ‖pred − target‖² / (3p²), target: normalised pixels [MAE]."""
+    target, _, _ = normalized(patches)
+    return F.mse_loss(pred, target, reduction="none").mean(-1)
 
 
 def reconstruction_loss(pred, images, mask, patch_size):
@@ -127,8 +128,7 @@ def reconstruction_loss(pred, images, mask, patch_size):
     """
     with no_autocast(pred):
         pred, images = full_precision(pred, images)
-        target, _, _ = normalized_patches(images, patch_size)
-        error = F.mse_loss(pred, target, reduction="none").mean(-1)
+        error = patch_error(pred, patchify(images, patch_size))
         # L_rec = 1/|masked| Σ_masked ‖pred − target‖² / (3p²)
         count = sum_over_ranks(mask.sum().to(error.dtype)).clamp(min=1)
         return world_size() * error.masked_fill(~mask, 0.0).sum() / count

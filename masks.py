@@ -20,10 +20,15 @@ PARTS = (
 BLOCK_ROUNDS, BLOCK_TRIES, BLOCK_PATCHES, BLOCK_ASPECT = 10, 10, 12, 0.3  # tries, patches, aspect [HAP]; rounds ours
 
 
+def noise_parts(grid):
+    """How many uniform numbers go to blocks, order of the parts, k, amounts, inside the parts, the rest."""
+    n = grid[0] * grid[1]
+    return [BLOCK_ROUNDS * BLOCK_TRIES * 4, 6, 1, 6, 6 * n, n]
+
+
 def noise_size(grid):
     """Uniform numbers one picture's mask uses up."""
-    n = grid[0] * grid[1]
-    return BLOCK_ROUNDS * BLOCK_TRIES * 4 + 13 + 6 * n + n
+    return sum(noise_parts(grid))
 
 
 def part_guided_mask(keypoints, grid, mask_ratio, patch_size, generator=None, noise=None):
@@ -40,7 +45,7 @@ def part_guided_mask(keypoints, grid, mask_ratio, patch_size, generator=None, no
         noise = torch.rand(B, noise_size(grid), generator=generator, device=device)
     noise = noise.to(keypoints.device)
     n_masked = round(mask_ratio * N)
-    block, order, k, amount, within, rest = noise.split([BLOCK_ROUNDS * BLOCK_TRIES * 4, 6, 1, 6, 6 * N, N], 1)
+    block, order, k, amount, within, rest = noise.split(noise_parts(grid), 1)
 
     # Levels of the masking order: part 0..5 in this picture's shuffled order, 6 block-masked, 7 the rest.
     level = torch.where(block_mask(block, grid, n_masked), 6, 7)

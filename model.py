@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from config import UserError
 from heads import Projector
-from losses import alignment_loss, full_precision, multi_positive_loss, no_autocast, normalized, patchify
+from losses import alignment_loss, full_precision, multi_positive_loss, no_autocast, patch_error, patchify
 
 EPS = 1e-6  # LayerNorm [MAE]
 # Encoders: tiny ours (for the demo on a CPU), small as DeiT-S, base [HAP], large [MAE]. Decoder [MAE, HAP], tiny ours.
@@ -350,8 +350,7 @@ class GenPoCCL(nn.Module):
             pred = self.decoder(tokens, visible, masked)  # (v·B, n_masked, p·p·3)
             with no_autocast(pred):
                 pred, patches = full_precision(pred, patchify(images, self.encoder.patch_size))
-                target, _, _ = normalized(take_patches(patches, masked))
-                error = F.mse_loss(pred, target, reduction="none").mean(-1)
+                error = patch_error(pred, take_patches(patches, masked))
                 out["rec"] = error.mean()  # every picture on every rank has n_masked, so means of means are exact
             out["pred"] = pred.detach().unflatten(0, (v, B))
             finite = finite + error.detach().sum(1).view(v, B)

@@ -3,7 +3,6 @@
 Legend: N people · K joints · H, W input picture · xy in px, pixel centres at whole numbers (COCO's frame).
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset
 
 import pose
 from config import UserError
-from data import People, find_bad_pictures, flip_ids, load_picture, read_people
+from data import People, find_bad_pictures, flip_ids, load_picture, picture_names, read_json, read_people
 
 # ---------------------------------------------------------------------------------------------------------- readers
 
@@ -50,13 +49,6 @@ def read_pose_file(path, folder=None, max_bad=0, with_document=False):
     area = {a["id"]: a["area"] for a in document["annotations"]}
     people = people._replace(area=np.array([area[i] for i in people.annotation_id.tolist()], np.float32))
     return people, notes, document
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {path} as JSON: {error}") from None
 
 
 def person_category(document):
@@ -140,18 +132,12 @@ def coco_document(people, keypoints=None, joint_scores=None, score=None):
     return {"images": list(images.values()), "annotations": annotations, "categories": [category]}
 
 
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-
-
 def read_folder(folder, joints, skeleton, max_bad=0):
     """All pictures below `folder`, each as one person whose box is the whole picture.
 
     → (People, {file name, or number it consists of: (file name, (w, h), image id)} for `read_boxes`).
     """
-    folder = Path(folder)
-    files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.suffix.lower() in PICTURES)
-    if not files:
-        raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
+    files = picture_names(folder, below=True)
     people = people_at(folder, files, np.ones((len(files), 4)), joints, skeleton)
     people, notes = measured(people, folder, max_bad)
     damaged = find_bad_pictures(people)

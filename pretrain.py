@@ -5,8 +5,8 @@ Inputs   COCO keypoint JSON files with pictures: generated sets (annotations car
 Outputs  in `out`: encoder.safetensors, last.pt (everything to resume), log.jsonl, config.yaml, and pictures:
          reconstructions.png, neighbours.png (nearest by [POSE]), attention.png ([CLS] and [POSE]).
 
-  python pretrain.py --cfg configs/pretrain_demo.yaml                       laptop
-  torchrun --nproc_per_node=8 pretrain.py --cfg configs/pretrain_coco.yaml  GPUs
+  python pretrain.py --cfg configs/pretrain_demo.yaml                       # laptop
+  torchrun --nproc_per_node=8 pretrain.py --cfg configs/pretrain_coco.yaml  # GPUs
 
 MAE, HAP and StableRep are settings of this script: configs/pretrain_{mae,hap,stablerep}.yaml.
 Legend: B pictures on this rank · M all ranks · N patches · D width · K joints · P pictures per pose · h, w grid.
@@ -111,7 +111,6 @@ def main():
     model = build_model(cfg)
     total = cfg.epochs * batches.steps_per_epoch
     if open_run(cfg, KEYS, rank) == "finished":
-        print(f"{cfg.out} is finished already") if rank == 0 else None
         return
     model.to(device)
     optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=0.0, betas=(0.9, cfg.beta2), fused=True)

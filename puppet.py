@@ -2,7 +2,7 @@
 
 It stands where a pose-conditioned diffusion model stands (Stage 1): one pose, many people, clothes and scenes.
 
-    poses = sample_poses(seed, pose_ids)            or   poses_from_keypoints(keypoints, boxes, (H, W))
+    poses = sample_poses(seed, pose_ids)            or   poses_from_keypoints(keypoints, boxes)
     people = sample_identities(seed, keys)          attributes(person)   sentence(person, rng)
     scenes = sample_scenes(seed, keys, camera=None)
     out = render(poses, people, scenes, (H, W))     image, keypoints, parts, joints3d, boxes
@@ -195,6 +195,6 @@ def render(poses, identities, scenes, size=(128, 64)):
         if scene["occluder"]:
             draw_occluder(c, scene)
         out["image"][i], out["parts"][i] = finish(c, scene), c.parts
-        v = visibility(c, xy[i], z, poses.head[i], poses.chest[i], poses.given[i])
+        v = visibility(c, xy[i], z, poses.head[i], poses.given[i])
         out["keypoints"][i] = np.concatenate([xy[i, :17] * (v > 0)[:, None], v[:, None]], 1)
     return out

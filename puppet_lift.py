@@ -59,14 +59,14 @@ def side_of_front(k):
     return np.where(vote >= 0, 1.0, -1.0)
 
 
-def poses_from_keypoints(keypoints, boxes, size=(128, 64), pad=1.15):
+def poses_from_keypoints(keypoints, boxes, pad=1.15):
     """Real 2-D poses become drawable.
 
-    keypoints (B, 17, 3) px, COCO order, visibility 0 = missing; boxes (B, 4) xywh px. The box, padded by `pad` and to
-    the aspect of `size`, becomes the picture; given joints stay exactly where that map puts them. Missing joints are
-    completed (from the other end of the bone, the parent's direction, the body axis) and depth is guessed from
-    foreshortening. `ok` is False (the rest is then meaningless) with fewer than 2 of the 4 shoulders and hips, fewer
-    than 4 joints, or a body or box of no size.
+    keypoints (B, 17, 3) px, COCO order, visibility 0 = missing; boxes (B, 4) xywh px. The box, padded by `pad`,
+    becomes the window, which `project` pads to the picture's aspect; given joints stay exactly where that map puts
+    them. Missing joints are completed (from the other end of the bone, the parent's direction, the body axis) and
+    depth is guessed from foreshortening. `ok` is False (the rest is then meaningless) with fewer than 2 of the 4
+    shoulders and hips, fewer than 4 joints, or a body or box of no size.
     """
     keypoints, boxes = np.asarray(keypoints, float), np.asarray(boxes, float)
     if not len(keypoints):

@@ -278,7 +278,7 @@ OWN |= {L_ELB: (3,), L_WRI: (3,), R_ELB: (4,), R_WRI: (4,), L_KNE: (5,), L_ANK: 
 LOOKS = {NOSE: (0, 1), L_EYE: (0.45, 0.9), R_EYE: (-0.45, 0.9), L_EAR: (1, 0.1), R_EAR: (-1, 0.1)}  # left, front
 
 
-def visibility(c, xy, z, head, chest, given):
+def visibility(c, xy, z, head, given):
     """(17,) 2 visible, 1 hidden behind the own body or an occluder, or completed by us; 0 outside the picture."""
     v = np.zeros(17, np.float32)
     for j in range(17):

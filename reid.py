@@ -19,7 +19,7 @@ from torchvision.transforms import RandomErasing
 
 from common import seed_all
 from config import UserError
-from data import IMAGENET_MEAN, IMAGENET_STD, find_bad_pictures, load_picture
+from data import IMAGENET_MEAN, IMAGENET_STD, find_bad_pictures, load_picture, picture_names
 from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
 
 # ---------------------------------------------------------------------------------------------------------- readers
@@ -35,20 +35,8 @@ class Pictures(NamedTuple):
 
 
 NOBODY = -2  # a query that is a distractor or junk: it has no match, whatever the gallery holds
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)(?!\d)")  # also DukeMTMC-reID's 0001_c2_f0046182.jpg
 MSMT_NAME = re.compile(r"\d+_\d+_(\d+)_")  # 0000_000_01_0303morning_0015_0.jpg: camera is the third field
-
-
-def picture_names(folder, below=False):
-    """Sorted names of the picture files in a folder (below: and its folders); UserError where there are none."""
-    if not Path(folder).is_dir():
-        raise UserError(f"no folder {folder}; check data=, train=, query=, gallery=, predict=")
-    paths = Path(folder).rglob("*") if below else Path(folder).iterdir()
-    names = sorted(str(path.relative_to(folder)) for path in paths if path.suffix.lower() in SUFFIXES)
-    if not names:
-        raise UserError(f"{folder} holds no pictures ({', '.join(sorted(SUFFIXES))})")
-    return names
 
 
 def encoded(names):

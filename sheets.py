@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from losses import normalized_patches, patchify, unpatchify
+from losses import normalized, patchify, unpatchify
 from pictures import (
     FAINT,
     GROUND,
@@ -41,9 +41,9 @@ def reconstruction_sheet(images, mask, pred, patch_size, path):
     images (B, 3, H, W) ImageNet-normalised; mask (B, N) bool, True = masked; pred (B, N, p·p·3) normalised pixels as
     L_rec compares them: each patch is put back with the true patch's mean and variance, as MAE's own pictures do.
     """
-    _, mean, std = normalized_patches(images.float(), patch_size)
     grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
     truth = patchify(images.float(), patch_size)
+    _, mean, std = normalized(truth)
     drawn = pred.float() * std + mean
     hidden = mask.unsqueeze(2).to(truth.device)
     views = [truth, truth.masked_fill(hidden, 0.0), drawn.where(hidden, truth), drawn]

@@ -236,7 +236,8 @@ def table_generate(cfg, rank, world, device):
     with tempfile.TemporaryDirectory() as folder:
         random_pipeline(Path(folder), real)
         mine.model, mine.adapter = f"{folder}/sd", f"{folder}/t2i"
-        pipe, plain = (diffusion.load_painter(mine, device) for _ in range(2))
+        pipe = diffusion.load_painter(mine, device)
+    plain = type(pipe)(**pipe.components, requires_safety_checker=False)
     plain.scheduler = diffusers.DDIMScheduler.from_config(plain.scheduler.config)
     condition = diffusion.DRAW["keypose"](
         [np.concatenate([np.random.rand(17, 2) * side, np.ones((17, 1))], 1)], (side,) * 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from steps import Step, changed, replaced, state_of
+from steps import Step, changed, peak_memory, replaced, state_of
 from timing import PeakMemory, measure, median, show
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -87,7 +87,7 @@ def table_memory(cfg, rank, world, device):
     for batch in cfg.batches:
         for recompute in (False, True):
             these = changed(cfg, batch=batch, checkpoint_activations=recompute)
-            peak = measured_peak(these, device) if device.type == "cuda" else counted_peak(these)
+            peak = peak_memory(Step(these, device)) if device.type == "cuda" else counted_peak(these)
             rows.append({"batch": batch, "checkpoint_activations": recompute, "peak_GB": peak / 1e9})
     how = "measured" if device.type == "cuda" else "counted, not measured: attention as a GPU's fused kernel keeps it"
     show(f"memory: {cfg.size} {cfg.precision}, {cfg.views} views, {cfg.height}x{cfg.width}, {how}", rows)
@@ -100,14 +100,6 @@ def table_memory(cfg, rank, world, device):
         row = {"ranks": n, "own_rows_x_columns": f"{4096 // n} x 4096", "peak_MB": memory.peak / 1e6}
         rows.append(row | {"one_float32_matrix_MB": 4096 // n * 4096 * 4 / 1e6})
     show("memory: L_align and L_mp of 4,096 embeddings, forward and backward", rows)
-
-
-def measured_peak(cfg, device):
-    step = Step(cfg, device)
-    step()
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    return torch.cuda.max_memory_allocated(device)
 
 
 def counted_peak(cfg):

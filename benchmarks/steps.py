@@ -8,12 +8,11 @@ from types import SimpleNamespace
 
 import torch
 from timing import PeakMemory
-from torch.nn.parallel import DistributedDataParallel
 
 import data
 import losses
 import pretrain
-from common import autocast, parameter_groups, seed_all
+from common import autocast, distributed, parameter_groups, seed_all
 
 
 def changed(cfg, **values):
@@ -32,7 +31,7 @@ class Step:
         self.optimizer = adamw(self.model, cfg)
         if cfg.compile:
             self.model.compile()
-        self.runner = DistributedDataParallel(self.model, gradient_as_bucket_view=True) if world > 1 else self.model
+        self.runner = distributed(self.model, device)
         B = cfg.batch // world
         keypoints = torch.rand(B, 17, 3) * torch.tensor([cfg.width, cfg.height, 3.0])
         keypoints[..., 2].floor_()  # 0 missing, 1 hidden, 2 visible
@@ -74,9 +73,11 @@ def update(model, optimizer):
 
 def peak_memory(step):
     """CUDA: the allocator's peak. CPU: what tensors hold at most during a step, counted."""
-    if step.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(step.device)
     step()
+    if step.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(step.device)
+        step()
+        return torch.cuda.max_memory_allocated(step.device)
     with PeakMemory(*state_of(step)) as memory:
         step()
     return memory.peak

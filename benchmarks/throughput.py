@@ -4,7 +4,7 @@
   python benchmarks/throughput.py parts       where a step's time goes; under torchrun also the gradients' exchange
   python benchmarks/throughput.py versus      our MAE setting and transformers.ViTMAEForPreTraining; bf16 and float32
   python benchmarks/throughput.py data        our picture pipeline and torchvision's PIL one, one core
-  python benchmarks/throughput.py masks       part-guided masks of 4,096 pictures, and the same in a Python loop
+  python benchmarks/throughput.py masks       4,096 part-guided masks, and a Python loop (needs tests/requirements.txt)
   python benchmarks/throughput.py start       pretrain.py's start to its first step on 600 k annotations, its memory
   python benchmarks/throughput.py generate    our diffusion setting and the plain diffusers call, random weights
   python benchmarks/throughput.py scaling     batch, pictures per pose, ranks, contrastive terms; 8, 64 GPUs on paper
@@ -68,6 +68,7 @@ KEYS = pretrain.KEYS | dict(
 def table_step(cfg, rank, world, device):
     """Goals: ViT-S float32 on the CPU ≥ 80 %, ViT-B bf16 on a GPU ≥ 45 % of the ceiling; together / slower ≥ .95."""
     step = Step(cfg, device, rank, world)
+    memory = peak_memory(step)  # first: what is measured below keeps tensors of its own
     work = flops(step.forward_backward)  # of this rank
     with Products() as products:
         step.forward_backward()
@@ -76,11 +77,6 @@ def table_step(cfg, rank, world, device):
     float32, _ = ceiling(device, "fp32")
     floor = "its matrix products alone"  # without those inside the fused attention
     candidates = {"step": step, "ceiling": own, "float32 ceiling": float32, floor: products.again}
-    if device.type == "cuda":
-        step()
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-    memory = peak_memory(step)
     seconds = measure(cfg, candidates, device)
     t = median(seconds["step"])
     row = {"what": "step alone", "pictures_per_s": cfg.batch / t, "ms": 1e3 * t}

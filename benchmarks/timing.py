@@ -78,7 +78,7 @@ def flops(function):
 
 
 class Products(TorchDispatchMode):
-    """Notes the shapes of one call's matrix products; `again` computes products of these shapes and nothing else."""
+    """Keeps one call's matrix products with their operands; `again` computes them and nothing else."""
 
     def __init__(self):
         super().__init__()

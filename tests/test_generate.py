@@ -368,24 +368,6 @@ def test_audit(tiny, tmp_path, monkeypatch):
         run(monkeypatch, arguments(tiny, out=tmp_path / "c", retries=0, poses=2, **{**audit, "audit_threshold": 1}))
 
 
-def test_oks_is_cocos():
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    rng = np.random.default_rng(0)
-    truth = person(1, 7, 20, 40, seen=12)
-    found = np.reshape(truth["keypoints"], (17, 3)) + rng.normal(0, 6, (17, 3))
-    coco, result = COCO(), COCO()
-    coco.dataset = dict(images=[dict(id=7)], annotations=[truth], categories=[COCO_CATEGORY])
-    result.dataset = dict(coco.dataset, annotations=[dict(truth, keypoints=found.ravel().tolist(), score=1.0)])
-    coco.createIndex(), result.createIndex()
-    evaluation = COCOeval(coco, result, "keypoints")
-    evaluation._prepare()
-    want = evaluation.computeOks(7, 1)[0, 0]
-    got = diffusion.oks(found[None, :, :2], np.reshape(truth["keypoints"], (1, 17, 3)), np.array([truth["area"]]))
-    assert 0.05 < want < 0.95 and abs(got[0] - want) < 1e-9
-
-
 def test_prompts(tiny, tmp_path):
     cfg = config(tiny, seed=3)
     first = generate.read_prompts(cfg, [7, 8, 9])

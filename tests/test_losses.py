@@ -162,7 +162,7 @@ def test_patches_are_row_by_row_channel_last_and_return():
     row, column, y, x, k = 1, 2, 1, 0, 2
     assert patches[3, row * GRID[1] + column, (y * P + x) * 3 + k] == images[3, k, row * P + y, column * P + x]
     assert torch.equal(losses.unpatchify(patches, GRID, P), images)
-    target, mean, std = losses.normalized_patches(images, P)
+    target, mean, std = losses.normalized(losses.patchify(images, P))
     torch.testing.assert_close(target * std + mean, patches)
 
 

@@ -1,6 +1,9 @@
 """Encoder, decoder, heads and the reading of published weights: against plain versions of the same sums, torchvision's
 own ViT-B, and the figures that a working model must reach."""
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn as nn
@@ -9,7 +12,7 @@ import torchvision
 
 import losses
 import model
-from config import UserError
+from config import UserError, read_config
 from heads import ClassicHead, Projector, SimpleHead
 from model import SIZES, Decoder, GenPoCCL, ViT, sincos_positions
 from weights import load_pretrained, resized_positions
@@ -411,3 +414,25 @@ def test_weights_of_another_model_are_one_line_and_change_nothing(change, messag
         load_pretrained(vit, change(dict(encoder().state_dict())), "other.pth")
     assert "\n" not in str(error.value) and "other.pth" in str(error.value)
     assert all(torch.equal(v, before[n]) for n, v in vit.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("stage", "choice", "more"),
+    [
+        ("finetune_pose", "tokens=add", (3,)),
+        ("finetune_reid", "token=both", (5,)),
+        ("finetune_par", "token=pose", (["hat", "skirt"],)),
+        ("finetune_t2i", "token=pose", (SimpleNamespace(texts=["a red coat"], persons=4), torch.device("cpu"))),
+    ],
+)
+def test_others_weights_get_a_pose_token_only_where_it_is_read(tmp_path, stage, choice, more):
+    stage = importlib.import_module(stage)
+    s = SIZES["tiny"]
+    vit = ViT(s["width"], s["depth"], s["heads"], (64, 32), 16, pose_token=False)
+    torch.save({"model": vit.state_dict()}, tmp_path / "mae.pth")
+    keys = ["size=tiny", "height=64", "width=32", "patch=16", f"encoder={tmp_path}/mae.pth"]
+    keys += ["text=words", "min_count=1"] if "text" in stage.KEYS else []
+    for extra, special in ((keys, 1), ([*keys, choice], 2)):
+        built = stage.build_model(read_config(stage.KEYS, "", extra), *more)[0]
+        assert built.encoder.n_special == special
+        assert torch.equal(built.encoder.cls_token, vit.cls_token)

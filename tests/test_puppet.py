@@ -51,9 +51,9 @@ def test_a_picture_depends_on_itself_only():
 def test_real_poses_do_not_depend_on_the_batch():
     poses = pp.sample_poses(1, range(6))
     out = draw(poses, 6)
-    some = pp.poses_from_keypoints(out["keypoints"], out["boxes"], SIZE)
+    some = pp.poses_from_keypoints(out["keypoints"], out["boxes"])
     for i in (0, 5):
-        one = pp.poses_from_keypoints(out["keypoints"][i : i + 1], out["boxes"][i : i + 1], SIZE)
+        one = pp.poses_from_keypoints(out["keypoints"][i : i + 1], out["boxes"][i : i + 1])
         for a, b in zip(one, some):
             assert a.tobytes() == b[i : i + 1].tobytes()
 
@@ -319,7 +319,7 @@ def expected_px(keypoints, boxes, size, pad=1.15):
 
 
 def check_exact(keypoints, boxes, size):
-    poses = pp.poses_from_keypoints(keypoints, boxes, size)
+    poses = pp.poses_from_keypoints(keypoints, boxes)
     ok = poses.ok
     out = draw(pp.take(poses, ok), int(ok.sum()), size)
     wanted, given = expected_px(keypoints, boxes, size)[ok], (keypoints[..., 2] > 0)[ok]
@@ -337,7 +337,7 @@ def test_missing_joints_are_completed_and_hopeless_poses_refused():
     source = draw(pp.sample_poses(11, range(40)), 40)
     k, boxes = source["keypoints"].astype(float), source["boxes"].astype(float)
     k[..., 2] = np.where(k[..., 2] > 0, 2, 0)
-    assert pp.poses_from_keypoints(k, boxes, SIZE).ok.all()
+    assert pp.poses_from_keypoints(k, boxes).ok.all()
     for drop in (
         [9, 10, 15, 16],
         [5, 11],
@@ -354,9 +354,9 @@ def test_missing_joints_are_completed_and_hopeless_poses_refused():
     for drop in ([5, 6, 11, 12], [6, 11, 12], list(range(3, 17))):
         part = k.copy()
         part[:, drop] = 0
-        assert not pp.poses_from_keypoints(part, boxes, SIZE).ok.any()
+        assert not pp.poses_from_keypoints(part, boxes).ok.any()
     assert not pp.poses_from_keypoints(np.full((1, 17, 3), 5.0), [[0, 0, 9, 9]], SIZE).ok[0]  # all on one point
-    assert not pp.poses_from_keypoints(k[:1], [[0, 0, 0, 0]], SIZE).ok[0]
+    assert not pp.poses_from_keypoints(k[:1], [[0, 0, 0, 0]]).ok[0]
 
 
 def test_lifting_finds_the_way_a_person_faces():
@@ -364,7 +364,7 @@ def test_lifting_finds_the_way_a_person_faces():
     truth = pp.sample_poses(12, range(200))
     out = draw(truth, 200)
     k = out["keypoints"].astype(float)
-    poses = pp.poses_from_keypoints(k, out["boxes"], SIZE)
+    poses = pp.poses_from_keypoints(k, out["boxes"])
     clear = np.abs(truth.chest[:, 2, 2]) > 0.6
     agree = np.sign(poses.chest[:, 2, 2]) == np.sign(truth.chest[:, 2, 2])
     assert agree[clear].mean() > 0.95
@@ -386,13 +386,13 @@ def test_completed_joints_are_where_they_belong():
     for joint, twin, limit in ((5, 6, 0.12), (11, 12, 0.12), (12, 11, 0.12), (13, 14, 0.3), (15, 16, 0.3)):
         k = truth.astype(float)
         k[:, joint] = 0
-        xy = pp.project(pp.poses_from_keypoints(k, boxes, SIZE), SIZE)[0]
+        xy = pp.project(pp.poses_from_keypoints(k, boxes), SIZE)[0]
         wrong = np.linalg.norm(xy[:, joint] - xy[:, twin] - (truth[:, joint, :2] - truth[:, twin, :2]) * zoom, axis=1)
         torso = np.linalg.norm(xy[:, body.NECK] - (xy[:, 11] + xy[:, 12]) / 2, axis=1)
         assert np.median(wrong / torso) < limit, (joint, np.median(wrong / torso))
     k = truth.astype(float)
     k[:, :5] = 0  # without a face the head looks where the chest does
-    made = pp.poses_from_keypoints(k, boxes, SIZE)
+    made = pp.poses_from_keypoints(k, boxes)
     assert ((made.head[:, 2] * made.chest[:, 2]).sum(1) > 0.9).mean() > 0.95
 
 

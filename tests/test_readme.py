@@ -11,8 +11,19 @@ from conftest import ROOT, run_script
 
 from config import read_config
 
+
+def commands_of(text):
+    """Lines that begin with python or torchrun, behind spaces or a comment sign, with what follows a backslash."""
+    text = re.sub(r"\\\n[# ]*", "", text)
+    return re.findall(r"^[# ]*((?:python|torchrun) .*\.py .*)$", text, re.M)
+
+
+STAGES = ["generate", "pretrain", "finetune_pose", "finetune_reid", "finetune_par", "finetune_t2i"]
 BLOCKS = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
-COMMANDS = [line.strip() for block in BLOCKS for line in block.splitlines() if re.match(r"(python|torchrun) ", line)]
+COMMANDS = [command for block in BLOCKS for command in commands_of(block)]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+HEADS = [command for path in CONFIGS for command in commands_of(path.read_text(encoding="utf-8"))]
+HEADS += [command for name in STAGES for command in commands_of(importlib.import_module(name).__doc__)]
 # What makes a command small enough for a test; {tmp} is the test's folder. Keys later on the line win.
 SMALL = {
     "configs/generate_demo.yaml": "out={tmp}/set poses=8 workers=0",
@@ -32,7 +43,7 @@ SMALL = {
 
 def words_of(command):
     """→ (script, its arguments)."""
-    words = shlex.split(os.path.expandvars(command))
+    words = shlex.split(os.path.expandvars(command), comments=True)
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     return words[script], words[script + 1 :]
 
@@ -43,18 +54,27 @@ def test_readme_has_commands_for_every_stage():
     assert stages <= scripts
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_command_parses_with_its_config(command, monkeypatch):
+@pytest.mark.parametrize("command", COMMANDS + HEADS)
+def test_command_is_valid_with_its_config(command, monkeypatch):
+    """README's, the configs' and the stages' own lines: keys, their combinations, batches that the ranks can share."""
     monkeypatch.chdir(ROOT)
     script, arguments = words_of(command)
-    if script.startswith("benchmarks/"):
-        assert (ROOT / script).exists()
-        return
     stage = importlib.import_module(Path(script).stem)
-    read_config(stage.KEYS, stage.__doc__, arguments)
+    cfg = read_config(stage.KEYS, stage.__doc__, arguments)
+    check = getattr(stage, "check", None) or getattr(stage, "check_config", None)
+    if check and not getattr(cfg, "predict", None):  # predict looks for its folder
+        check(cfg)
+    ranks = re.search(r"--nproc_per_node[ =](\d+)", command)
+    if ranks and script != "generate.py":
+        shared = cfg.people if script == "finetune_reid.py" else cfg.batch
+        assert shared % (int(ranks[1]) * (cfg.pictures_per_pose if script == "pretrain.py" else 1)) == 0
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_heads_are_read():
+    assert len(HEADS) >= len(CONFIGS) + len(STAGES)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_is_valid(path):
     prefix = path.name.split("_")[0]
     stage = importlib.import_module(prefix if prefix != "finetune" else "_".join(path.stem.split("_")[:2]))
