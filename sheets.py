@@ -36,20 +36,24 @@ from pictures import (
 
 
 def reconstruction_sheet(images, mask, pred, patch_size, path):
-    """Columns: input, masked input, output (predicted patches in the holes of the input), prediction alone.
+    """Input, masked input, output (predicted patches in the holes of the input); two pictures a row.
 
     images (B, 3, H, W) ImageNet-normalised; mask (B, N) bool, True = masked; pred (B, N, p·p·3) normalised pixels as
     L_rec compares them: each patch is put back with the true patch's mean and variance, as MAE's own pictures do.
     """
-    grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
-    truth = patchify(images.float(), patch_size)
+    truth, grid = patchify(images.float(), patch_size), [side // patch_size for side in images.shape[2:]]
     _, mean, std = normalized(truth)
-    drawn = pred.float() * std + mean
     hidden = mask.unsqueeze(2).to(truth.device)
-    views = [truth, truth.masked_fill(hidden, 0.0), drawn.where(hidden, truth), drawn]
+    views = [truth, truth.masked_fill(hidden, 0.0), (pred.float() * std + mean).where(hidden, truth)]
     columns = [denormalize(unpatchify(view, grid, patch_size)) for view in views]
-    labels = ["input", "masked", "output", "prediction alone"]
-    sheet([[c[i] for c in columns] for i in range(len(images))], path, None, labels, "Masked reconstruction", (96, 192))
+    rows = two_a_row([[column[i] for column in columns] for i in range(len(images))])
+    sheet(rows, path, None, ["input", "masked", "output"] * 2, "Masked reconstruction", (96, 192))
+
+
+def two_a_row(rows):
+    """n rows → half as many: the first half, and beside it the second."""
+    half = (len(rows) + 1) // 2
+    return [a + b for a, b in zip(rows[:half], rows[half:] + [[]])]
 
 
 def neighbour_sheet(images, features, pose_id, path, name, queries=6, neighbours=8):
@@ -82,9 +86,8 @@ def attention_sheet(images, maps, path):
         grey = np.asarray(as_picture(images[i]).convert("L").convert("RGB"), np.float32)
         heat = [matplotlib.colormaps["inferno"](glow[i, s])[..., :3] * 255 for s in range(S)]
         rows.append([images[i]] + [(0.45 * grey + 0.55 * h).astype(np.uint8) for h in heat])
-    rows = [a + b for a, b in zip(rows[: (B + 1) // 2], rows[(B + 1) // 2 :] + [[]])]  # two pictures a row
     labels = ["picture", "[CLS]", "[POSE]"][: S + 1] * 2
-    sheet(rows, path, None, labels, "Attention of the last block", (96, 192))
+    sheet(two_a_row(rows), path, None, labels, "Attention of the last block", (96, 192))
 
 
 # ------------------------------------------------------------------------------------------------------------ poses

@@ -506,11 +506,7 @@ def test_puppet_at_given_poses(tmp_path, monkeypatch):
     assert {row["pose_id"] for row in document["annotations"]} == {1, 2, 3, 4}
     assert summary["left_out"] == {"with too few joints to draw a body": 1}
     row = document["annotations"][0]
-    spread = (
-        np.reshape(row["keypoints"], (17, 3))[:, :2].ptp(0)
-        if hasattr(np.ndarray, "ptp")
-        else np.ptp(np.reshape(row["keypoints"], (17, 3))[:, :2], 0)
-    )
+    spread = np.ptp(np.reshape(row["keypoints"], (17, 3))[:, :2], 0)
     assert abs(spread[0] / spread[1] - 60 / 174) < 0.03  # the given pose, its shape kept
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -181,14 +180,6 @@ def test_sizes_agree():
     assert np.abs(half - small["image"]).mean() < 16
     wide = draw(poses, 6, (96, 80))  # another aspect: still everybody inside
     assert (wide["boxes"][:, 2] > 5).all() and (wide["keypoints"][..., 2] > 0).mean() > 0.95
-
-
-def test_speed_is_reported(capsys):
-    poses = pp.sample_poses(0, range(100))
-    start = time.process_time()
-    draw(poses, 100)
-    with capsys.disabled():
-        print(f"\npuppet: {100 / (time.process_time() - start):.0f} pictures/s at 128 × 64 on one core's time")
 
 
 # ------------------------------------------------------------------------------------------------------- identities
