@@ -88,7 +88,10 @@ def gather_rows(rows, world):
 
 
 def seed_of(*key):
-    """A 63-bit seed from whole numbers, e.g. (seed, epoch, index): equal keys equal seeds, other keys unrelated."""
+    """A 63-bit seed from whole numbers below 2³², e.g. (seed, epoch, index). Equal keys, equal seeds.
+
+    Other keys give unrelated seeds, but for zeros at the end, which do not count.
+    """
     return int(np.random.SeedSequence([int(k) & 0xFFFFFFFF for k in key]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -164,6 +167,8 @@ def open_run(cfg, keys, rank=0):
     Never overwrites: a folder with another config, or with other things in it, is an error that says what differs.
     Only rank 0 writes; call it before anything else is written.
     """
+    if not cfg.out:
+        raise UserError("out= is empty; name a run folder")
     out = Path(cfg.out)
     values = {name: getattr(cfg, name) for name in keys}
     if (out / "config.yaml").exists():
@@ -173,7 +178,7 @@ def open_run(cfg, keys, rank=0):
         if differs:
             raise UserError(f"{out} holds a run with another config ({'; '.join(differs)}); choose another out=")
         state = "finished" if (out / "done").exists() else "resume"
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path.suffix != ".part" for path in out.iterdir())):
         raise UserError(f"{out} exists and is not a run of this project; choose another out=")
     else:
         state = "new"
@@ -197,9 +202,9 @@ def write_atomic(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors wrap a failed write in errors of their own, so the disk itself is asked, while the
-        # part still fills it.
-        full = getattr(error, "errno", None) in DISK_FULL
+        # torch and safetensors wrap a failed write in errors of their own: safetensors names the number, for torch the
+        # disk itself is asked, while the part still fills it.
+        full = getattr(error, "errno", None) in DISK_FULL or any(f"os error {n})" in str(error) for n in DISK_FULL)
         full = full or not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < 1 << 20
         temporary.unlink(missing_ok=True)
         if full:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 import yaml
+from tqdm import tqdm
 
 # ------------------------------------------------------------------------------------------------ errors for people
 
@@ -37,9 +38,11 @@ def run_stage(main):
         # A DataLoader worker wraps the message in a traceback; the message itself is the last line.
         fail(str(error).strip().splitlines()[-1].removeprefix("config.UserError: "))
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno in DISK_FULL:
+            fail(f"disk full while writing {error.filename or 'the run folder'}: free space, then run the same command")
+        if error.filename is None:
             raise
-        fail(f"disk full while writing {error.filename or 'the run folder'}: free space, then run the same command")
+        fail(f"{error.filename}: {error.strerror}; check this path and the rights to it")
     finally:
         if dist.is_initialized() and sys.exc_info()[0] is None:
             dist.destroy_process_group()
@@ -48,9 +51,10 @@ def run_stage(main):
 def fail(message):
     """Print one line and leave at once: other ranks may be inside a collective, so no tidy farewell to them."""
     rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"{rank}error: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(2)
+    with tqdm.external_write_mode(file=sys.stderr):  # wipes progress bars off the line
+        print(f"{rank}error: {message}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)
 
 
 # ----------------------------------------------------------------------------------------------------------- config
@@ -83,7 +87,7 @@ def read_config(keys, doc, argv=None):
     parser.error = lambda message: fail(message + "; usage: STAGE.py --cfg configs/x.yaml key=value ...")
     parser.add_argument("--cfg", help="a flat YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
 
     values = {name: key.default for name, key in keys.items()}
     for where, pairs in ((args.cfg, read_yaml(args.cfg)), ("the command line", split_overrides(args.overrides))):
@@ -118,7 +122,8 @@ def read_yaml(path):
     if path is None:
         return {}
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read config {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -127,6 +132,10 @@ def read_yaml(path):
         return {}
     if not isinstance(values, dict):
         raise UserError(f"config {path} must hold `key: value` lines")
+    names = [name.value for name, _ in node.value]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f'config {path} gives key "{name}" twice; keep one')
     return values
 
 
@@ -148,7 +157,7 @@ def checked(name, value, key, where):
 
     def scalar(item, kind):
         if kind is str:
-            if isinstance(item, (dict, list)):
+            if item is None or isinstance(item, (dict, list)):
                 raise wrong("text")
             return str(item)
         if isinstance(item, str):

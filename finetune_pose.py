@@ -50,7 +50,7 @@ from common import (
 )
 from config import Key, UserError, check_job, read_config, run_stage
 from data import load_picture, normalize
-from heads import ClassicHead, PoseModel, SimpleHead, reads_pose
+from heads import POSE_TOKENS, ClassicHead, PoseModel, SimpleHead, reads_pose
 from model import SIZES, layer_of
 from weights import load_encoder, meta_of, use_meta
 
@@ -82,8 +82,7 @@ KEYS = dict(
     size=Key("base", "encoder size, where encoder= does not know it itself", "[HAP]", tuple(SIZES)),
     patch=Key(16, "patch side in pixels, where encoder= does not know it itself", "[MAE]", low=1),
     pose_token=Key(True, "[POSE] from scratch, and with others' weights if `tokens` reads it", "[paper]"),
-    tokens=Key("drop", "special tokens after the encoder: drop them, add [POSE] to every patch, add_cls_pose: both",
-               "[silent]", ("drop", "add", "add_cls_pose")),
+    tokens=Key("drop", "special tokens: dropped; [POSE] or both added to patches", "[silent]", POSE_TOKENS),
     head=Key("classic", "classic: two deconvolutions; simple: bilinear × 4", "[ViTPose]", ("classic", "simple")),
     sigma=Key(2.0, "σ of a joint's Gaussian in heat-map px", "[ViTPose]", low=0.5),
     drop_path=Key(0.3, "drop path rate of the last block", "[ViTPose]", low=0, high=0.9),
@@ -221,25 +220,28 @@ def train(cfg, model, meta, optimizer, dataset, batches, val, first, total, log,
         settle(figures, log, dataset.name, cfg.batch, cfg.log_every, ("loss",))  # the step before this one
         bad = ~heat.detach().float().sum((1, 2, 3)).isfinite()
         figures = Figures(step, lr, {"loss": loss, "grad_norm": norm}, sample["index"], bad)
-        if step + 1 == total or (step + 1) % cfg.save_every == 0:
+        (epoch, rest), last = divmod(step + 1, batches.steps_per_epoch), step + 1 == total
+        evaluating = cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and not last
+        saving = last or (step + 1) % cfg.save_every == 0
+        if evaluating or saving:
             settle(figures, log, dataset.name, cfg.batch, cfg.log_every, ("loss",))  # never save a broken model
             figures = None
-            save(cfg, model, meta, optimizer, step + 1, rank)
-        log.advance()
-        epoch, rest = divmod(step + 1, batches.steps_per_epoch)
-        if cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and step + 1 < total:
+        if evaluating:
             found = predict(cfg, model, val, rank, world, device)
             if rank == 0:
                 log.write(step=step + 1, epoch=epoch, **val.metrics(cfg, found)[0])
-            barrier()
             model.train()
+        if saving:
+            save(cfg, model, meta, optimizer, step + 1, rank)
+        log.advance()
 
 
 def save(cfg, model, meta, optimizer, step, rank):
+    """Weights alone, then everything to resume: a kill in between repeats these steps, so the two always agree."""
     if rank == 0:
         out = Path(cfg.out)
-        save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
         save_encoder(out / "encoder.safetensors", model.encoder, **meta)
+        save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
 
 
 def save_model(cfg, model, meta, people):

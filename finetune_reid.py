@@ -225,25 +225,30 @@ def train(cfg, model, meta, optimizer, dataset, batches, test, first, total, log
         right = (logits.detach().argmax(1) == label).float().mean()
         values = dict(loss=loss, identity=identity, triplet=triplet, accuracy=right, grad_norm=norm)
         figures = Figures(step, lr, values, sample["index"], ~logits.detach().float().sum(1).isfinite())
-        if step + 1 == total or (step + 1) % cfg.save_every == 0:
+        (epoch, rest), last = divmod(step + 1, batches.steps_per_epoch), step + 1 == total
+        evaluating = cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and not last
+        saving = last or (step + 1) % cfg.save_every == 0
+        if evaluating or saving:
             settle(figures, log, dataset.name, batches.size, cfg.log_every, SHOWN)  # never save a broken model
             figures = None
-            save(cfg, model, meta, optimizer, step + 1, rank)
-        log.advance()
-        epoch, rest = divmod(step + 1, batches.steps_per_epoch)
-        if cfg.eval_every and rest == 0 and epoch % cfg.eval_every == 0 and step + 1 < total:
+        if evaluating:
             result = evaluate(cfg, model, *test, rank, world, device)
             log.write(step=step + 1, epoch=epoch, **figures_of(result))
             model.train()
+        if saving:
+            save(cfg, model, meta, optimizer, step + 1, rank)
+        log.advance()
 
 
 def save(cfg, model, meta, optimizer, step, rank):
-    """last.pt to resume, and weights only: encoder.safetensors, and model.safetensors for eval_only and predict."""
+    """Weights alone (the model's for eval_only and predict), then everything to resume: after a kill in between these
+    steps are repeated, so the files always agree.
+    """
     if rank == 0:
         out = Path(cfg.out)
-        save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
         save_encoder(out / "encoder.safetensors", model.encoder, **meta_of(model.encoder, meta["size"]))
         save_encoder(out / "model.safetensors", model, **meta)
+        save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation

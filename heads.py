@@ -109,8 +109,11 @@ class SimpleHead(nn.Module):
         return self.final_layer(F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False))
 
 
+POSE_TOKENS = ("drop", "add", "add_cls_pose")
+
+
 class PoseModel(nn.Module):
-    """ViT → patch tokens (with or without the special tokens' help) → head → heat maps."""
+    """ViT → patch tokens → head → heat maps. Special tokens: drop; add [POSE] to every patch; add_cls_pose: both."""
 
     def __init__(self, encoder, head, tokens):
         super().__init__()

@@ -153,7 +153,7 @@ class ViT(nn.Module):
     ):
         super().__init__()
         if image_size[0] % patch_size or image_size[1] % patch_size:
-            raise UserError(f"image size {tuple(image_size)} is not a multiple of patch_size {patch_size}; change one")
+            raise UserError(f"image size {tuple(image_size)} is not a multiple of patch={patch_size}; change one")
         if width % heads or width % 4:
             raise UserError(f"width {width} must be a multiple of 4 and of the number of heads {heads}")
         self.width, self.depth, self.patch_size = width, depth, patch_size

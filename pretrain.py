@@ -124,7 +124,8 @@ def main():
     if rank == 0:
         (Path(cfg.out) / "done").touch()
     log.close()
-    log.say(f"wrote {cfg.out}/encoder.safetensors, reconstructions.png, neighbours.png, attention.png")
+    sheets_drawn = ["reconstructions.png"] * cfg.decoder + ["neighbours.png", "attention.png"]
+    log.say(f"wrote {cfg.out}/encoder.safetensors, {', '.join(sheets_drawn)}")
     barrier()
 
 
@@ -143,6 +144,10 @@ def check(cfg):
         )
     if cfg.decoder == (cfg.mask == "none"):
         raise UserError(f"decoder={cfg.decoder} with mask={cfg.mask}: L_rec needs masked patches")
+    if cfg.decoder and round(cfg.mask_ratio * (cfg.height // cfg.patch) * (cfg.width // cfg.patch)) == 0:
+        raise UserError(f"mask_ratio={cfg.mask_ratio} masks none of the patches; L_rec needs at least one")
+    if not (cfg.decoder or cfg.gamma_align or cfg.gamma_mp):
+        raise UserError("decoder=false and gamma_align=gamma_mp=0 leave no loss; set one of them")
     if cfg.mask == "none" and cfg.views > 1:
         raise UserError("mask=none with views=2: two unmasked views are the same; set views=1")
     if cfg.gamma_align and cfg.views < 2:
@@ -253,10 +258,11 @@ def train(cfg, model, optimizer, dataset, batches, first, total, log, rank, worl
 
 
 def save(cfg, model, optimizer, step, rank):
+    """Weights alone, then everything to resume: a kill in between repeats these steps, so the two always agree."""
     if rank == 0:
         out = Path(cfg.out)
-        save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
         save_encoder(out / "encoder.safetensors", model.encoder, **meta_of(model.encoder, cfg.size))
+        save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=optimizer.state_dict(), step=step)
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def check_shape(vit, source, found, path):
         raise UserError(
             f"{path} is a ViT {D} wide, {depth} deep, {p} px patches (patch_embed.proj.weight "
             f"{tuple(found['patch_embed.proj.weight'].shape)}); this model is {vit.width} wide, {vit.depth} deep, "
-            f"{vit.patch_size} px; choose the matching size and patch_size"
+            f"{vit.patch_size} px; choose the matching size= and patch="
         )
 
 

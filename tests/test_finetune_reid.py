@@ -462,6 +462,19 @@ def test_killed_and_resumed_is_bitwise_the_same(plain, data, tmp_path):
     assert rows(out) == rows(plain)
 
 
+def test_a_kill_during_an_evaluation_loses_no_row(plain, data, tmp_path, monkeypatch):
+    command = [f"data={data}", f"out={tmp_path / 'run'}", *SMALL, "epochs=3", "save_every=2", "eval_every=2"]
+
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune_reid, "evaluate", dies)
+        stage(*command)
+    stage(*command)
+    assert any("epoch" in row for row in rows(plain)) and rows(tmp_path / "run") == rows(plain)
+
+
 def test_three_ranks_train_the_same_and_count_each_picture_once(plain, three_ranks):
     out = three_ranks / "run"
     for ours, theirs in zip(rows(out), rows(plain), strict=True):

@@ -9,11 +9,12 @@ import time
 import pytest
 import torch
 from conftest import ROOT, kill_after, run_script
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_data import write_set
 
 import pretrain
-from common import load_checkpoint
+from common import load_checkpoint, write_atomic
 from config import UserError
 
 SMALL = ["size=tiny", "height=64", "width=32", "patch=8", "pictures_per_pose=3", "batch=12", "warmup_epochs=0.5"]
@@ -94,6 +95,34 @@ def test_kill_and_resume_is_bitwise(sets, plain, tmp_path, lines, workers):
     assert without_speed(out) == without_speed(plain)
 
 
+@pytest.mark.parametrize("write", ["save_encoder", "save_checkpoint"])
+def test_a_kill_at_the_last_save_leaves_no_stale_weights(sets, plain, tmp_path, write):
+    """The fifth and last save dies before its encoder or its checkpoint: the next start must write both."""
+    command = arguments(sets, tmp_path / "run", "epochs=3", "save_every=2")
+    program = (
+        "import os, sys, pretrain, config\n"
+        f"inner, calls, sys.argv = pretrain.{write}, [], ['pretrain.py', *sys.argv[1:]]\n"
+        "def dies(*args, **more):\n"
+        "    calls.append(0)\n"
+        "    return os._exit(9) if len(calls) == 5 else inner(*args, **more)\n"
+        f"pretrain.{write} = dies\n"
+        "config.run_stage(pretrain.main)\n"
+    )
+    died = subprocess.run([sys.executable, "-c", program, *command], cwd=ROOT, capture_output=True, text=True)
+    assert died.returncode == 9, died.stderr
+    done = run_script("pretrain.py", *command)
+    assert done.returncode == 0, done.stderr
+    for name in ("last.pt", "encoder.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (plain / name).read_bytes(), name
+
+
+def test_a_run_killed_before_its_config_was_written_starts_anew(sets, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.config.yaml.part").write_text("out: ru")
+    done = run_script("pretrain.py", *arguments(sets, tmp_path / "run", "epochs=1"))
+    assert done.returncode == 0, done.stderr
+
+
 def test_finished_run_is_left_alone_and_another_config_refused(sets, plain):
     before = (plain / "last.pt").stat().st_mtime_ns
     done = run_script("pretrain.py", *arguments(sets, plain, "epochs=3", "save_every=2"))
@@ -122,6 +151,12 @@ def test_finished_run_is_left_alone_and_another_config_refused(sets, plain):
         (["annotations="], "names no file"),
         (["shares=1"], "one number"),
         (["nonsense"], "key=value"),
+        (["batch=.inf"], "key batch"),
+        (["blr=.nan"], "key blr"),
+        (["box_padding=inf"], "key box_padding"),
+        (["mask_ratio=0.01"], "masks none"),
+        (["decoder=false", "mask=none", "views=1", "gamma_align=0", "gamma_mp=0"], "no loss"),
+        (["out="], "out= is empty"),
         (["--cfg=nowhere.yaml"], "cannot read config"),
     ],
 )
@@ -139,6 +174,25 @@ def test_an_error_is_one_line_with_exit_code_2(sets, tmp_path):
     assert done.stderr == 'error: unknown key "bacth" in the command line; nearest valid key: batch\n'
     done = run_script("pretrain.py", "--help")
     assert done.returncode == 0 and all(f"  {name}: " in done.stdout for name in pretrain.KEYS)
+
+
+def test_yaml_with_a_key_twice_or_without_value(sets, tmp_path):
+    for text, words in (("batch: 12\nbatch: 24\n", 'key "batch" twice'), ("out:\n", "key out")):
+        (tmp_path / "x.yaml").write_text(text)
+        done = run_script("pretrain.py", "epochs=1", "--cfg", tmp_path / "x.yaml", f"annotations={sets[0]}")
+        assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_folder_that_cannot_be_made(sets, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    done = run_script("pretrain.py", *arguments(sets, tmp_path / "file/run"))
+    assert done.returncode == 2 and "file" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_an_error_stands_on_a_line_of_its_own(sets, tmp_path):
+    """Though the progress bar is there already."""
+    done = run_script("pretrain.py", *arguments(sets, tmp_path / "run", "epochs=20", "blr=1e20", "save_every=1"))
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: non-finite loss")
 
 
 def test_only_real_pictures_cannot_feed_the_pose_loss(sets, tmp_path):
@@ -202,6 +256,16 @@ def test_full_disk_keeps_the_last_checkpoint(sets, tmp_path):
         process.kill()
         process.wait()
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_what_safetensors_says_of_a_full_disk_is_understood(tmp_path):
+    def fails(part):
+        part.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(UserError, match="disk full while writing"):
+        write_atomic(tmp_path / "encoder.safetensors", fails)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_pickle_from_a_stranger_never_runs(sets, tmp_path):
