@@ -102,7 +102,7 @@ def read_config(keys, doc, argv=None):
 def describe(keys):
     lines = []
     for name, key in keys.items():
-        choices = f" [{', '.join(map(str, key.choices))}]" if key.choices else ""
+        choices = f"; one of {', '.join(map(str, key.choices))}" if key.choices else ""
         lines.append(f"  {name}: {key.meaning}{choices} (default {key.default!r}; {key.origin})")
     return "\n".join(line.replace("%", "%%") for line in lines)
 
