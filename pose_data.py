@@ -12,8 +12,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import pose
+from coco import People, read_people
 from config import UserError
-from data import People, find_bad_pictures, flip_ids, load_picture, picture_names, read_json, read_people
+from data import find_bad_pictures, flip_ids, load_picture, picture_names, read_json
 
 # ---------------------------------------------------------------------------------------------------------- readers
 

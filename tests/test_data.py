@@ -11,8 +11,9 @@ from PIL import Image
 import data
 import masks as masking
 from batches import PoseBatches
+from coco import read_people
 from config import UserError
-from data import PretrainPictures, read_people
+from data import PretrainPictures
 from masks import part_guided_mask, random_mask
 
 # ------------------------------------------------------------------------------------------------------------ files
