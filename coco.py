@@ -88,8 +88,8 @@ def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_picture
     if bad:
         people = people.take(~np.isin(people.files, np.array([name.encode() for name, _ in bad])))
     if not len(people.files):
-        wants = f"without crowds, with at least {min_joints} joint(s) and a whole picture"
-        raise UserError(f"{path}: none of its {len(ids)} annotations is left {wants}; look at the file")
+        why = f"crowds, people with fewer than {min_joints} joint(s) or without a whole picture"
+        raise UserError(f"{path}: all of its {len(ids)} annotations are {why}; look at the file")
     return people, {"bad": [name for name, _ in bad], "clipped": clipped}
 
 
@@ -129,7 +129,9 @@ def _parse_coco(path):
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read {path} as JSON: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path} is not a COCO keypoint file: an entry lacks or mistypes {error}") from None
+        raise UserError(
+            f"{path} is not a COCO keypoint file: an entry lacks a field or has a wrong one ({error!r})"
+        ) from None
     for name in ("images", "annotations", "categories"):
         if not isinstance(document, dict) or not isinstance(document.get(name), list):
             raise UserError(f'{path} is not a COCO keypoint file: it has no list "{name}"')
@@ -150,7 +152,9 @@ def _person_category(document, path):
         links = [(int(i) - 1, int(j) - 1) for i, j in category.get("skeleton") or []]
         int(category["id"])
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(f"{path} is not a COCO keypoint file: a category lacks or mistypes {error}") from None
+        raise UserError(
+            f"{path} is not a COCO keypoint file: a category lacks a field or has a wrong one ({error!r})"
+        ) from None
     return category, joints, [link for link in links if 0 <= min(link) and max(link) < len(joints)]
 
 

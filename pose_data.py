@@ -80,7 +80,7 @@ def read_mpii(path, folder, max_bad):
         xy = np.array([row["joints"] for row in rows], float).reshape(-1, 16, 2) - 1
         seen = np.array([row["joints_vis"] for row in rows], float).reshape(-1, 16, 1) * 2
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is neither a COCO keypoint file nor MPII's list: an entry lacks {error}") from None
+        raise UserError(f"{path} is neither a COCO keypoint file nor MPII's list: {error!r}") from None
     centre[:, 1] += 15 * scale
     centre, side = centre - 1, 200 * scale[:, None]
     boxes = np.concatenate([centre - side / 2, side, side], 1).astype(np.float32)

@@ -97,8 +97,8 @@ SPOILT = {
     "joint is no text": (lambda d: d["categories"][0].update(keypoints=[3] * 17), "category"),
     "link of three": (lambda d: d["categories"][0].update(skeleton=[[1, 2, 3]]), "category"),
     "category without id": (lambda d: d["categories"][0].pop("id"), "category"),
-    "all crowd": (lambda d: [a.update(iscrowd=1) for a in d["annotations"]], "none of its 12 annotations"),
-    "no joints": (lambda d: [a.update(keypoints=[0] * 51) for a in d["annotations"]], "none of its 12 annotations"),
+    "all crowd": (lambda d: [a.update(iscrowd=1) for a in d["annotations"]], "all of its 12 annotations"),
+    "no joints": (lambda d: [a.update(keypoints=[0] * 51) for a in d["annotations"]], "all of its 12 annotations"),
     "all of another category": (lambda d: [a.update(category_id=7) for a in d["annotations"]], "no person"),
     "size": (lambda d: d["images"][2].update(width=33), r"002\.jpg is \(32, 64\) but .* \(33, 64\)"),
 }
