@@ -38,9 +38,10 @@ import people_set
 import pictures
 import puppet
 from chunks import Chunks, encoded, person_row, picture_seed, put, read_records, record_path, recorded
+from coco import read_people
 from common import Log, open_run, seed_of, start_ranks, write_atomic
 from config import Key, UserError, read_config, run_stage
-from data import COCO_CATEGORY, COCO_JOINTS, read_people, to_coco17
+from data import COCO_CATEGORY, COCO_JOINTS, to_coco17
 from diffusion import ADAPTERS, DRAW, MODELS, Auditor, Scene, load_painter, paint_chunk, painted_size
 
 KEYS = {

@@ -113,7 +113,7 @@ def block_mask(noise, grid, budget):
         left = (left_u * (w - wide + 1).clamp(min=1)).long()
         bottom, right = (top + tall).clamp(max=h), (left + wide).clamp(max=w)
         # Patches already masked inside each rectangle, from sums over the upper left.
-        sums = torch.nn.functional.pad(mask.int().cumsum(1).cumsum(2), (1, 0, 1, 0)).view(B, -1)
+        sums = torch.nn.functional.pad(mask.int().cumsum(1).cumsum(2), (1, 0, 1, 0)).flatten(1)
 
         def inside(y, x, sums=sums):
             return sums.gather(1, y * (w + 1) + x)

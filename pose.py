@@ -310,17 +310,17 @@ def pck_metrics(xy, truth, joints, heads=None):
     """PCK@.2 of the torso and, for MPII's joints, PCKh@.5: xy (N, K, 2), truth (N, K, 3) px → (figures, full account).
 
     heads: MPII's official (head size (N,) px, labelled (N, K)), or None: head size from the joints.
-    Figures whose reference no person has are left out.
+    Figures that no labelled joint of a person with such a reference counts for are left out.
     """
     xy, truth, flat, full = xy.astype(np.float64), truth.astype(np.float64), {}, {}
 
     def per_joint(values):
         return {name: None if np.isnan(v) else float(v) for name, v in zip(joints, values)}
 
-    torso = torso_size(truth, joints)
-    if np.isfinite(torso).any():
-        flat["PCK@.2"], each, left_out = pck(xy, truth, torso, 0.2)
-        full = {"PCK@.2": flat["PCK@.2"], "torso": "left shoulder to right hip, else the other diagonal"}
+    share, each, left_out = pck(xy, truth, torso_size(truth, joints), 0.2)
+    if not np.isnan(share):
+        flat["PCK@.2"] = share
+        full = {"PCK@.2": share, "torso": "left shoulder to right hip, else the other diagonal"}
         full |= {"people_without_torso": left_out, "PCK@.2_per_joint": per_joint(each)}
     if {"head_top", "upper_neck"} <= set(joints):
         head, source = head_size(truth, joints), "head_top to upper_neck (ours: no official .mat given)"
@@ -328,7 +328,9 @@ def pck_metrics(xy, truth, joints, heads=None):
             head, source = heads[0], "0.6 × diagonal of the official head box"
             truth[..., 2] = heads[1] * 2
         counted = [j for j in range(len(joints)) if joints[j] not in ("pelvis", "thorax")]  # [MPII]
-        flat["PCKh@.5"], _, left_out = pck(xy[:, counted], truth[:, counted], head, 0.5)
-        full |= {"PCKh@.5": flat["PCKh@.5"], "head_size": source, "people_without_head": left_out}
-        full["PCKh@.5_per_joint"] = per_joint(pck(xy, truth, head, 0.5)[1])
+        share, _, left_out = pck(xy[:, counted], truth[:, counted], head, 0.5)
+        if not np.isnan(share):
+            flat["PCKh@.5"] = share
+            full |= {"PCKh@.5": share, "head_size": source, "people_without_head": left_out}
+            full["PCKh@.5_per_joint"] = per_joint(pck(xy, truth, head, 0.5)[1])
     return flat, full

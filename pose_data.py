@@ -3,6 +3,8 @@
 Legend: N people · K joints · H, W input picture · xy in px, pixel centres at whole numbers (COCO's frame).
 """
 
+import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +14,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import pose
+from coco import People, read_people
 from config import UserError
-from data import People, find_bad_pictures, flip_ids, load_picture, picture_names, read_json, read_people
+from data import UNREADABLE, find_bad_pictures, flip_ids, load_picture, picture_names, read_json
 
 # ---------------------------------------------------------------------------------------------------------- readers
 
@@ -26,9 +29,10 @@ MPII_LINKS += [(7, 13), (13, 14), (14, 15)]
 
 
 def read_pose_file(path, folder=None, max_bad=0, with_document=False):
-    """COCO keypoint JSON of any joint set, or MPII's own list → (People with ≥ 1 joint, notes, COCO document or None).
+    """COCO keypoint JSON of any joint set, or MPII's own list → (People, notes, COCO document or None).
 
-    The document is the file as pycocotools wants it: area (.53 × box), iscrowd and num_keypoints filled in.
+    COCO people without a joint are left out; MPII's stay, for the .mat counts them. The document is the file as
+    pycocotools wants it: rows of the person category, whole numbers as ids; area (.53 × box), iscrowd, num_keypoints.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -41,8 +45,14 @@ def read_pose_file(path, folder=None, max_bad=0, with_document=False):
     people, notes = read_people(path, folder, min_joints=1, max_bad=max_bad)
     if not with_document:
         return people, notes, None
-    document = read_json(path)
+    document, category = read_json(path), people.category["id"]
+    document["annotations"] = [
+        a for a in document["annotations"] if int(a.get("category_id", category)) == int(category)
+    ]
+    for image in document["images"]:
+        image["id"] = int(image["id"])  # some files write ids as text
     for a in document["annotations"]:
+        a["id"], a["image_id"], a["category_id"] = int(a["id"]), int(a["image_id"]), category
         a.setdefault("area", pose.BOX_AREA * a["bbox"][2] * a["bbox"][3])
         a.setdefault("iscrowd", 0)
         a["num_keypoints"] = sum(v > 0 for v in a["keypoints"][2::3])
@@ -64,29 +74,41 @@ def read_mpii(path, folder, max_bad):
     folder = folder if folder.is_dir() else Path(path).parent
     rows = read_json(path)
     try:
-        files = [row["image"] for row in rows]
+        files = [os.fspath(row["image"]) for row in rows]  # a TypeError where it is no text
         centre = np.array([row["center"] for row in rows], float).reshape(-1, 2)
         scale = np.array([row["scale"] for row in rows], float)
         xy = np.array([row["joints"] for row in rows], float).reshape(-1, 16, 2) - 1
         seen = np.array([row["joints_vis"] for row in rows], float).reshape(-1, 16, 1) * 2
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is neither a COCO keypoint file nor MPII's list: an entry lacks {error}") from None
+        raise UserError(f"{path} is neither a COCO keypoint file nor MPII's list: {error!r}") from None
     centre[:, 1] += 15 * scale
     centre, side = centre - 1, 200 * scale[:, None]
     boxes = np.concatenate([centre - side / 2, side, side], 1).astype(np.float32)
     keypoints = np.concatenate([np.where(seen > 0, xy, 0), seen], 2).astype(np.float32)
+    if not (keypoints[:, :, 2] > 0).any():
+        raise UserError(f"{path} lists no person with a visible joint")
     people = people_at(folder, files, boxes, MPII_JOINTS, MPII_LINKS, keypoints)
     people, notes = measured(people, path, max_bad)
+    # A box may hang over the picture's edge, but not lie beyond it.
+    low, high = np.maximum(people.boxes[:, :2], 0), np.minimum(people.boxes[:, :2] + people.boxes[:, 2:], people.size)
+    wrong = ~((low < high).all(1) & np.isfinite(people.keypoints).all((1, 2)))  # also where a number is NaN
+    if wrong.any():
+        a = wrong.argmax()
+        raise UserError(
+            f"{path}: entry {people.annotation_id[a]} ({people.files[a].decode()}) has box {people.boxes[a].tolist()} "
+            f"in its {people.size[a].tolist()} picture; centre, scale > 0 and joints must be numbers and lie in it"
+        )
     return people, notes | {"rows": len(rows)}
 
 
 def people_at(folder, files, boxes, joints, skeleton, keypoints=None, image_id=None, size=None):
     """People from arrays; without image ids each file name gets the next number from 1."""
     n = len(files)
+    names = np.array([name.encode() for name in files], dtype=np.bytes_)
     number = {name: i for i, name in enumerate(dict.fromkeys(files), 1)}
     image_id = [number[name] for name in files] if image_id is None else image_id
     return People(
-        folder=str(folder), files=np.array(files, dtype=np.bytes_).reshape(n), boxes=np.asarray(boxes, np.float32),
+        folder=str(folder), files=names.reshape(n), boxes=np.asarray(boxes, np.float32),
         size=np.zeros((n, 2), np.int32) if size is None else np.asarray(size, np.int32),
         keypoints=np.zeros((n, len(joints), 3), np.float32) if keypoints is None else keypoints,
         pose_id=np.full(n, -1), annotation_id=np.arange(1, n + 1), image_id=np.array(image_id, np.int64),
@@ -102,9 +124,9 @@ def measured(people, path, max_bad):
         try:
             with Image.open(Path(people.folder) / name.decode()) as picture:
                 sizes[name] = picture.size
-        except (OSError, SyntaxError, ValueError) as error:
+        except UNREADABLE as error:
             bad[name.decode()] = str(error)
-    if len(bad) > max_bad:
+    if len(bad) > max_bad or not sizes:
         name, reason = next(iter(bad.items()))
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(f"cannot read picture {people.folder}/{name}{more} (of {path}): {reason}; max_bad allows some")
@@ -180,14 +202,15 @@ def read_boxes(path, images, people, category_id=1):
             if key not in images:
                 raise UserError(f"{path}: a box names picture {key!r}, which is not among the pictures")
             (name, size, image_id), box = images[key], [float(v) for v in row["bbox"]]
-            if len(box) != 4 or not min(box[2:]) > 0:
-                raise UserError(f"{path}: box {box} of picture {key!r}; x, y, w, h with w, h > 0 are needed")
+            score = float(row.get("score", 1.0))
+            if len(box) != 4 or not 1e-6 < min(box[2:]) <= max(box[2:]) < 1e6 or not math.isfinite(score):
+                raise UserError(
+                    f"{path}: box {box} of picture {key!r}, score {score}; x, y, w, h with w, h > 0 are needed"
+                )
             x, y = box[0] + box[2] / 2, box[1] + box[3] / 2
             if not (0 <= x <= size[0] and 0 <= y <= size[1]):
                 raise UserError(f"{path}: box {box} lies outside its {tuple(size)} picture {key!r}")
-            for column, value in zip(
-                (files, ids, sizes, boxes, scores), (name, image_id, size, box, row.get("score", 1.0))
-            ):
+            for column, value in zip((files, ids, sizes, boxes, scores), (name, image_id, size, box, score)):
                 column.append(value)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is no list of boxes (image_id or file_name, bbox, score): {error!r}") from None

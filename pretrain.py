@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 import sheets
 from batches import PoseBatches
+from coco import read_people
 from common import (
     Figures,
     Log,
@@ -38,7 +39,7 @@ from common import (
     start_ranks,
 )
 from config import Key, UserError, read_config, run_stage
-from data import PretrainPictures, normalize, read_people
+from data import PretrainPictures, normalize
 from heads import Projector
 from losses import contrastive_health
 from masks import noise_size, part_guided_mask, random_mask

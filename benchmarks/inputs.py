@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from timing import ceiling, flops, measure, median, ratio, show
 
+import coco
 import data
 import diffusion
 import generate
@@ -28,10 +29,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def read_sets(cfg, folder):
     """annotations= as pretrain.py reads them, or else a set of cfg.pictures drawn ones of cfg.height × cfg.width."""
     if cfg.annotations:
-        return [data.read_people(path, *cfg.images[f : f + 1])[0] for f, path in enumerate(cfg.annotations)]
+        return [coco.read_people(path, *cfg.images[f : f + 1])[0] for f, path in enumerate(cfg.annotations)]
     keys = dict(out=f"{folder}/set", poses=cfg.pictures // cfg.pictures_per_pose, height=cfg.height, width=cfg.width)
     run_script("generate.py", keys | dict(pictures_per_pose=cfg.pictures_per_pose, sheet_rows=1))
-    return [data.read_people(f"{folder}/set/annotations.json")[0]]
+    return [coco.read_people(f"{folder}/set/annotations.json")[0]]
 
 
 def run_script(script, keys):

@@ -11,8 +11,9 @@ from PIL import Image
 import data
 import masks as masking
 from batches import PoseBatches
+from coco import read_people
 from config import UserError
-from data import PretrainPictures, read_people
+from data import PretrainPictures
 from masks import part_guided_mask, random_mask
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -54,6 +55,8 @@ def test_reader_gives_arrays_and_drops_links_outside_the_joints(tmp_path):
 def test_flip_of_other_joint_sets():
     joints = ["right_ankle", "left_ankle", "neck", "left_ear"]
     assert data.flip_ids(joints) == [1, 0, 2, 3]
+    assert data.flip_ids(["l_eye", "nose", "r_eye", "lower_left", "lower_right"]) == [2, 1, 0, 4, 3]
+    assert data.flip_ids(["rknee", "lknee", "hip_l", "hip_r", "r_ear"]) == [1, 0, 3, 2, 4]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +70,16 @@ def test_flip_of_other_joint_sets():
         ({"keypoints": [1, 2, 2] * 16}, "need 51"),
         ({"keypoints": ["a"] * 51}, "COCO keypoint file"),
         ({"id": "x"}, "COCO keypoint file"),
+        ({"id": 2**70}, "COCO keypoint file"),
+        ({"id": 101}, "101 stands twice"),
+        ({"bbox": [400, 0, 10, 10]}, r"its \[32, 64\] picture"),
+        ({"bbox": [math.nan, 0, 5, 5]}, "annotation 100 .* finite"),
+        ({"bbox": [0, 0, 1e300, 5]}, "annotation 100 .* finite"),
+        ({"bbox": [0, 0, 1e-50, 5]}, "w, h > 0"),
+        ({"bbox": [20, 0, 1e-9, 5]}, "no width"),
+        ({"area": math.nan}, "area nan"),
+        ({"keypoints": [math.nan, 1, 2] * 17}, "annotation 100 has a keypoint"),
+        ({"keypoints": [1, math.inf, 0] * 17}, "annotation 100 has a keypoint"),
     ],
 )
 def test_bad_annotations_get_one_clear_line(tmp_path, changes, words):
@@ -74,6 +87,50 @@ def test_bad_annotations_get_one_clear_line(tmp_path, changes, words):
     with pytest.raises(UserError, match=words) as error:
         read_people(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+SPOILT = {
+    "image id twice": (lambda d: d["images"][2].update(id=1), "two images have the id 1"),
+    "no image_id": (lambda d: d["annotations"][2].pop("image_id"), '"annotations" lacks "image_id"'),
+    "no file_name": (lambda d: d["images"][2].pop("file_name"), '"images" lacks "file_name"'),
+    "entry is null": (lambda d: d["annotations"].append(None), '"annotations" lacks "image_id"'),
+    "joint is no text": (lambda d: d["categories"][0].update(keypoints=[3] * 17), "category"),
+    "link of three": (lambda d: d["categories"][0].update(skeleton=[[1, 2, 3]]), "category"),
+    "category without id": (lambda d: d["categories"][0].pop("id"), "category"),
+    "all crowd": (lambda d: [a.update(iscrowd=1) for a in d["annotations"]], "all of its 12 annotations"),
+    "no joints": (lambda d: [a.update(keypoints=[0] * 51) for a in d["annotations"]], "all of its 12 annotations"),
+    "all of another category": (lambda d: [a.update(category_id=7) for a in d["annotations"]], "no person"),
+    "size": (lambda d: d["images"][2].update(width=33), r"002\.jpg is \(32, 64\) but .* \(33, 64\)"),
+}
+
+
+def changed_set(folder, change):
+    path = write_set(folder)
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+    return path
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_spoilt_documents_get_one_clear_line(tmp_path, name):
+    change, words = SPOILT[name]
+    path = changed_set(tmp_path, change)
+    with pytest.raises(UserError, match=words) as error:
+        read_people(path, min_joints=1)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+def test_only_rows_of_the_category_with_joints_are_read_and_no_skeleton_is_none(tmp_path):
+    def change(document):
+        document["annotations"][1] |= {"category_id": 7, "keypoints": [1, 2, 2]}  # a dog, joints of its own
+        del document["annotations"][2]["category_id"]
+        document["categories"][0]["skeleton"] = None
+
+    people, _ = read_people(changed_set(tmp_path, change))
+    assert people.annotation_id.tolist() == [100, *range(102, 112)] and people.skeleton == []
+    whole, _ = read_people(write_set(tmp_path / "whole"))
+    assert np.array_equal(people.keypoints, np.delete(whole.keypoints, 1, 0))
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"images": [], "annotations": [], "categories": []}', "{", "\xff", "3"])
@@ -116,9 +173,43 @@ def test_pictures_by_relative_and_absolute_names(tmp_path, monkeypatch):
 
 def test_picture_of_another_size_than_declared(tmp_path):
     people, _ = read_people(write_set(tmp_path))
-    Image.new("RGB", (10, 10)).save(tmp_path / "images/000.jpg")
+    assert data.find_bad_pictures(people, people.size) == []
+    Image.new("RGB", (10, 10)).save(tmp_path / "images/000.jpg")  # after the start, where the header was looked at
     with pytest.raises(UserError, match=r"000\.jpg is \(10, 10\)"):
         PretrainPictures([people], (64, 32), 0)[(0, 0)]
+
+
+@pytest.mark.parametrize("form", ["png", "jpg", "progressive", "webp", "bmp"])
+def test_sizes_are_read_from_headers_and_else_by_pillow(tmp_path, form):
+    picture, path = Image.effect_noise((37, 301), 60), tmp_path / f"x.{form.replace('progressive', 'jpg')}"
+    picture.convert("RGB").save(path, **({"progressive": True} if form == "progressive" else {}))
+    quick = data.header_size(path.read_bytes()[:4096])
+    assert quick == ((0, 0) if form in ("webp", "bmp") else (37, 301))
+    assert data.picture_fault(path, (37, 301)) is None and data.picture_fault(path) is None
+    assert data.picture_fault(path, (37, 300)) == "(37, 301) but its annotation says (37, 300)"
+
+
+def test_files_that_are_no_pictures_or_far_too_large(tmp_path):
+    people, _ = read_people(write_set(tmp_path))
+    (tmp_path / "images/000.jpg").write_bytes(b"no picture" + b"\xff\xd9")  # ends as a JPEG does
+    Image.new("1", (20000, 20000)).save(tmp_path / "images/004.jpg", "png")
+    assert [name for name, _ in data.find_bad_pictures(people)] == ["000.jpg", "004.jpg"]
+    for name in ("000.jpg", "004.jpg"):
+        with pytest.raises(UserError, match=name):
+            data.load_picture(people.folder, name)
+
+
+def test_16_bit_grey_is_scaled_to_8(tmp_path):
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16) * 257
+    Image.fromarray(grey).save(tmp_path / "x.png")
+    assert np.array_equal(np.array(data.load_picture(tmp_path, "x.png")), (grey // 257)[..., None].repeat(3, 2))
+
+
+def test_picture_names_must_be_utf_8(tmp_path):
+    write_set(tmp_path)
+    (tmp_path / "images" / b"\xff.jpg".decode("utf-8", "surrogateescape")).touch()
+    with pytest.raises(UserError, match="not UTF-8"):
+        data.picture_names(tmp_path / "images")
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -322,6 +413,10 @@ def test_no_keypoints_gives_a_pure_block_mask():
         return ((m[:, 1:] * m[:, :-1]).sum() / m[:, 1:].sum()).item()
 
     assert neighbours(masks) > neighbours(random_mask(torch.rand(300, 128), 0.5)) + 0.15
+
+
+def test_masks_of_no_pictures():
+    assert part_guided_mask(torch.zeros(0, 17, 3), GRID, 0.5, PATCH).shape == (0, 128)
 
 
 def test_random_mask():

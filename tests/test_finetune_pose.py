@@ -355,6 +355,16 @@ def test_pck_on_a_hand_worked_case():
     assert np.isnan(pose.pck(found, truth * [1, 1, 0], torso, 0.2)[1]).all()
 
 
+def test_figures_without_a_usable_reference_are_left_out():
+    """A torso of no length, heads of NaN: no bare NaN for metrics.json, which would not be JSON."""
+    truth = np.full((2, 16, 3), 5.0)
+    truth[:, 9, 2] = 0  # head_top
+    assert pose.pck_metrics(truth[..., :2], truth, pose_data.MPII_JOINTS) == ({}, {})
+    truth[0, 12:14, 0] = 25, 45  # the shoulders
+    flat, full = pose.pck_metrics(truth[..., :2], truth, pose_data.MPII_JOINTS)
+    assert flat == {"PCK@.2": 1.0} and full["people_without_torso"] == 1
+
+
 def test_sigmas_are_published_ones_or_said_to_be_ours():
     sigmas, source = pose.oks_sigmas(COCO_JOINTS)
     with_coco = COCOeval(iouType="keypoints").params.kpt_oks_sigmas
@@ -649,6 +659,39 @@ def test_mpii_boxes_and_joints_follow_the_published_rule():
     assert len(document["images"]) == len({r.decode() for r in people.files})
 
 
+def mpii_list(folder, name="Zoë.png", **changes):
+    Image.new("RGB", (80, 120)).save(folder / name)
+    row = {"image": name, "center": [40, 60], "scale": 0.4, "joints": [[9, 9]] * 16, "joints_vis": [1] * 16}
+    (folder / "list.json").write_text(json.dumps([row, row | changes]))
+    return folder / "list.json"
+
+
+def test_picture_names_of_any_language(tmp_path):
+    people, _, document = pose_data.read_pose_file(mpii_list(tmp_path))
+    assert document["images"][0]["file_name"] == "Zoë.png" and people.files[0].decode() == "Zoë.png"
+    people, images = pose_data.read_folder(tmp_path, COCO_JOINTS, [])
+    (tmp_path / "boxes.json").write_text(json.dumps([{"file_name": "Zoë.png", "bbox": [1, 2, 30, 40]}]))
+    people, _ = pose_data.read_boxes(tmp_path / "boxes.json", images, people)
+    assert people.files[0].decode() == "Zoë.png" and people.size.tolist() == [[80, 120]]
+
+
+def test_ids_as_text_and_rows_of_other_categories_change_no_figure(dots, tmp_path):
+    def figures(path):
+        people, _, document = pose_data.read_pose_file(path, f"{dots[0].parent}/images", with_document=True)
+        found = people.keypoints + np.array([3, 0, 0], np.float32)
+        rows = zip(people.image_id.tolist(), found.reshape(len(found), -1).tolist())
+        results = [{"image_id": i, "category_id": 1, "keypoints": k, "score": 1.0} for i, k in rows]
+        return pose.coco_metrics(document, results, pose.oks_sigmas(people.joints)[0])
+
+    document = json.loads(dots[1].read_text())
+    for entry in document["images"] + document["annotations"]:
+        entry.update({key: str(entry[key]) for key in ("id", "image_id") if key in entry})
+    document["annotations"].append({"id": 99, "image_id": 1, "category_id": 2, "bbox": [0, 0, 9, 9]})
+    document["annotations"][0].pop("category_id")
+    (tmp_path / "text.json").write_text(json.dumps(document))
+    assert 0 < figures(dots[1])["AP"] < 1 and figures(tmp_path / "text.json") == figures(dots[1])
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -671,6 +714,7 @@ BAD_FILES = {
     "unknown image": (lambda d, f: d["annotations"][0].update(image_id=99), "image id 99"),
     "joint count": (lambda d, f: d["annotations"][0].update(keypoints=[1, 2, 2]), "3 keypoint values"),
     "box outside": (lambda d, f: d["annotations"][0].update(bbox=[900, 900, 5, 5]), "outside"),
+    "not finite": (lambda d, f: d["annotations"][0]["bbox"].__setitem__(0, float("nan")), "finite"),
     "other joints": (lambda d, f: d["categories"][0]["keypoints"].reverse(), "joint sets differ"),
 }
 
@@ -682,6 +726,32 @@ def test_bad_annotation_files(name, dots, tmp_path):
     with pytest.raises(UserError, match=message):
         run(f"train_annotations={path}", f"val_annotations={dots[1]}", *QUICK, "batch=2", f"out={tmp_path}/run")
     assert not (tmp_path / "run").exists()
+
+
+BAD_ROWS = {
+    "scale 0": ({"scale": 0}, "entry 2"), "scale NaN": ({"scale": math.nan}, "entry 2"),
+    "scale below 0": ({"scale": -1}, "entry 2"), "far away": ({"center": [9999, 9999]}, "entry 2"),
+    "joint NaN": ({"joints": [[math.nan, 1]] * 16}, "entry 2"), "image 3": ({"image": 3}, "MPII's list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_bad_rows_of_an_mpii_list(name, tmp_path):
+    changes, message = BAD_ROWS[name]
+    with pytest.raises(UserError, match=message):
+        pose_data.read_pose_file(mpii_list(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"score": "a"}, {"score": None}, {"score": math.nan}, {"bbox": [5, 5, 1e-200, 1e-200]}, {"bbox": [0, 0, 5]}]
+    + [{"bbox": [-1e300, 0, 2e300, 5]}, {"bbox": [math.nan, 0, 5, 5]}, {"bbox": [5, 5, 5, math.nan]}],
+)
+def test_bad_boxes(changes, dots, tmp_path):
+    people, _, _ = pose_data.read_pose_file(dots[0])
+    (tmp_path / "boxes.json").write_text(json.dumps([{"image_id": 1, "bbox": [5, 5, 9, 9]} | changes]))
+    with pytest.raises(UserError, match=r"boxes\.json"):
+        pose_data.read_boxes(tmp_path / "boxes.json", {1: ("0_1.png", (70, 90), 1)}, people)
 
 
 def test_bad_pictures_may_be_left_out_and_are(dots, tmp_path):

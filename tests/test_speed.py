@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
+import coco
 import data
 import losses
 import model
@@ -45,7 +46,7 @@ def a_set(folder, n=12, size=(60, 130)):
     category = {"id": 1, "name": "person", "keypoints": data.COCO_JOINTS, "skeleton": []}
     document = {"images": images, "annotations": annotations, "categories": [category]}
     (folder / "annotations.json").write_text(json.dumps(document))
-    return data.read_people(folder / "annotations.json")[0]
+    return coco.read_people(folder / "annotations.json")[0]
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
