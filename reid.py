@@ -45,7 +45,7 @@ def encoded(folder, names):
     try:
         return np.array([name.encode() for name in names])
     except UnicodeEncodeError as error:
-        raise UserError(f"{folder}: the file name {error.object!r} is not UTF-8; rename the file") from None
+        raise UserError(f"{os.path.join(folder, error.object)!r}: this name is not UTF-8; rename the file") from None
 
 
 def refuse_bad_pictures(folder, files):
