@@ -22,6 +22,7 @@ from torchvision.transforms import v2
 from common import seed_all
 from config import UserError
 from data import load_picture
+from reid import encoded, refuse_bad_pictures
 
 THRESHOLD = 0.5  # [Rethinking_of_PAR]
 
@@ -36,7 +37,11 @@ class Split(NamedTuple):
 def read_attributes(cfg):
     """→ (names of the A attributes, {"train", "val", "test"} → Split, a sentence about what was read)."""
     reader = {"pa100k": read_pa100k, "peta": read_peta, "rap": read_rap, "csv": read_csvs}[cfg.dataset]
-    names, splits = reader(cfg)
+    try:
+        names, splits = reader(cfg)
+    except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:  # fields of other kinds
+        file = cfg.annotation or cfg.train
+        raise UserError(f"{file} is not laid out as {cfg.dataset} is: {error!r}; damaged or of another set?") from None
     if cfg.select == "val" and not len(splits["val"].files):
         raise UserError("select=val but there are no validation pictures; give val= or use select=last")
     for kind, split in splits.items():
@@ -48,6 +53,7 @@ def read_attributes(cfg):
         missing = [file for file in split.files if not os.path.isfile(file)]
         if missing:
             raise UserError(f"{missing[0]} is missing (and {len(missing) - 1} more {kind} pictures); set images=")
+        refuse_bad_pictures("", encoded("", split.files))
     counts = {kind: len(split.files) for kind, split in splits.items()}
     if not counts["train"] or not counts["test"]:
         raise UserError(f"{cfg.annotation or cfg.train}: a split is empty, {counts}")
@@ -68,7 +74,7 @@ def read_mat(cfg, *fields):
     """The .mat file as plain dicts and arrays (MATLAB cells → arrays of text, structs → dicts)."""
     try:
         document = loadmat(cfg.annotation, simplify_cells=True)
-    except (OSError, ValueError, NotImplementedError, TypeError) as error:
+    except Exception as error:  # scipy, zlib and struct each raise their own kinds
         raise UserError(f"cannot read {cfg.annotation} as a .mat file: {' '.join(str(error).split())}") from None
     for field in fields:
         if field not in document:
@@ -236,7 +242,7 @@ def attribute_metrics(probabilities, labels):
     attribute without a positive (or negative) test picture has TPR (TNR) 0 and so mA at most .5. It stays in mA, to be
     comparable; `mA_both` leaves it out. Per attribute (A,): tpr, tnr, attribute_mA, positive_ratio, both (bool).
     """
-    p, y = (np.asarray(x.detach().cpu().float() if torch.is_tensor(x) else x) for x in (probabilities, labels))
+    p, y = (np.asarray(x.detach().cpu().double() if torch.is_tensor(x) else x) for x in (probabilities, labels))
     if p.shape != y.shape or p.ndim != 2 or p.size == 0:
         raise UserError(f"probabilities {p.shape} and labels {y.shape} must be two equal tables (pictures, attributes)")
     if not np.isfinite(p).all():

@@ -51,7 +51,10 @@ class PoseBatches(WholeRun):
     each file (a fresh permutation, repeated if the file is smaller), spread evenly; no shares = every slot once.
     The order is a function of (seed, epoch); the last incomplete batch of an epoch is dropped.
 
-    Raises UserError for a pose with fewer than P pictures, and when an epoch holds no full batch.
+    posed: whether an epoch draws any picture with a pose group (with gamma_mp, it must).
+
+    Raises UserError for a pose with fewer than P pictures, a share of a file that fills no slot, and when an epoch
+    holds no full batch.
     """
 
     def __init__(self, dataset, batch, pictures_per_pose, shares, seed, rank=0, world=1, dropped=()):
@@ -67,13 +70,22 @@ class PoseBatches(WholeRun):
             grouped = people.pose_id >= 0 if self.P > 1 else np.zeros(len(people.files), bool)
             self.groups.append(self._whole_groups(people, np.flatnonzero(grouped), dataset.starts[f], f in dropped))
             self.singles.append(np.flatnonzero(~grouped) + dataset.starts[f])
-        counts = np.array([len(np.unique(g[0])) + len(s) // self.P for g, s in zip(self.groups, self.singles)])
-        total = int(counts.sum())
+        offered = np.array([len(np.unique(g[0])) + len(s) // self.P for g, s in zip(self.groups, self.singles)])
+        counts, total = offered, int(offered.sum())
         if shares:
             if len(shares) != len(counts) or min(shares) < 0 or sum(shares) <= 0:
                 raise UserError(f"shares={shares} must be one number ≥ 0 per annotation file ({len(counts)})")
             ends = np.round(np.cumsum(shares) / np.sum(shares) * total).astype(int)
             counts = np.diff(ends, prepend=0)
+        empty = np.flatnonzero((counts > 0) & (offered == 0))
+        if len(empty):
+            f = empty[0]
+            raise UserError(
+                f"shares={shares} asks for {counts[f]} slots of an epoch from {dataset.people[f].folder}, whose "
+                f"{len(dataset.people[f].files)} pictures fill no slot (pictures_per_pose={self.P}); set its share to 0"
+            )
+        drawn = [np.append(g[1], s) for n, g, s in zip(counts, self.groups, self.singles) if n]
+        self.posed = any((dataset.pose_id[indices] >= 0).any() for indices in drawn)
         self.counts, self.steps_per_epoch = counts, total // self.slots
         if self.steps_per_epoch == 0:
             raise UserError(f"batch={batch} is larger than the {total * self.P} pictures an epoch holds; lower it")

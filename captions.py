@@ -21,7 +21,7 @@ from common import seed_all
 from config import UserError
 from data import load_picture, read_json
 from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
-from reid import evaluate_features
+from reid import encoded, evaluate_features, refuse_bad_pictures
 
 
 class Captioned(NamedTuple):
@@ -43,7 +43,7 @@ def read_captions(path, folder=None):
     All three are a list of {"split": train | val | test, "captions": [text, …], "id": whole number, and the picture:
     "file_path" (CUHK-PEDES' reid_raw.json, ICFG-PEDES) or "img_path" (RSTPReid's data_captions.json)}. `folder`: where
     the pictures are, by default `imgs` or `images` beside the JSON. A split without entries is None.
-    Raises UserError: not such a file, an unknown split, an empty caption, missing pictures.
+    Raises UserError: not such a file, an unknown split, an empty caption, missing or damaged pictures.
     """
     path = Path(path)
     entries = read_json(path)
@@ -68,6 +68,7 @@ def read_captions(path, folder=None):
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"{path} names the picture {missing[0]}, which is missing{more}; set images=")
+    refuse_bad_pictures("", encoded("", [file for part in rows.values() for file, _, _ in part]))
     return {split: as_split(part) if part else None for split, part in rows.items()}
 
 

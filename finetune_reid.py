@@ -332,10 +332,11 @@ def predict(cfg, rank, world, device, rows=40, columns=10):
     alike others, similarity (N, 10) their cosines.
     """
     names = picture_names(cfg.predict, below=True)
+    data = reid.Pictures(cfg.predict, reid.encoded(cfg.predict, names), None, None)
+    reid.refuse_bad_pictures(data.folder, data.files)
     model, _, sentence = build_model(cfg)
     if open_run(cfg, KEYS, rank) == "finished":
         return
-    data = reid.Pictures(cfg.predict, reid.encoded(names), None, None)
     z = embed(cfg, model.to(device), data, rank, world, device)
     if rank == 0:
         out, k = Path(cfg.out), min(columns, len(names) - 1)

@@ -152,11 +152,10 @@ def read_prompts(cfg, image_ids):
     lines = []
     if cfg.prompt_file:
         try:
-            lines = [
-                line.strip() for line in Path(cfg.prompt_file).read_text(encoding="utf-8").splitlines() if line.strip()
-            ]
+            lines = Path(cfg.prompt_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read prompt_file {cfg.prompt_file}: {error}") from None
+        lines = [line.strip() for line in lines if line.strip()]
         if not lines:
             raise UserError(f"prompt_file {cfg.prompt_file} holds no prompt")
     missing = [i for i in image_ids if i not in captions]
@@ -323,6 +322,10 @@ def plan(cfg, device):
     if cfg.annotations is not None:
         people, units, left_out = read_poses(cfg)
     if cfg.backend == "puppet":
+        trial = SimpleNamespace(**vars(cfg) | {"parts": False})  # writes nothing; most often the first person ends it
+        if people is not None and all("skipped" in draw_chunk(trial, people, [row])[0][0][1] for row in units):
+            why = "too few joints, or none of the body in the picture that the box gives"
+            raise UserError(f"{cfg.annotations}: nobody of {len(units)} people can be drawn ({why})")
         return units, partial(draw_chunk, cfg, people), left_out
     wanted = group_rows(people.image_id, units)
     everybody = group_rows(people.image_id, range(len(people.image_id)))

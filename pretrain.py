@@ -179,6 +179,8 @@ def build_data(cfg, rank, world):
             "add a generated set or set gamma_mp=0"
         )
     batches = PoseBatches(dataset, cfg.batch, cfg.pictures_per_pose, cfg.shares, cfg.seed, rank, world, dropped)
+    if cfg.gamma_mp and not batches.posed:
+        raise UserError("no batch can hold a positive pair: shares= or max_bad= leave no pose group; set gamma_mp=0")
     report = f"{len(dataset)} people, {grouped} with a pose group, {bad} bad pictures left out, {clipped} boxes clipped"
     return dataset, batches, report
 

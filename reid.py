@@ -5,6 +5,7 @@ H, W picture.
 Person ids as in Market-1501: 0 = distractor (in the gallery, nobody's match), -1 = junk (as if it were not there).
 """
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -39,8 +40,20 @@ MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)(?!\d)")  # also DukeMTMC-reID's 0001_c
 MSMT_NAME = re.compile(r"\d+_\d+_(\d+)_")  # 0000_000_01_0303morning_0015_0.jpg: camera is the third field
 
 
-def encoded(names):
-    return np.array([name.encode() for name in names])
+def encoded(folder, names):
+    """File names below `folder` → (N,) bytes; UserError for one that is no UTF-8: no list could hold it."""
+    try:
+        return np.array([name.encode() for name in names])
+    except UnicodeEncodeError as error:
+        raise UserError(f"{os.path.join(folder, error.object)!r}: this name is not UTF-8; rename the file") from None
+
+
+def refuse_bad_pictures(folder, files):
+    """UserError names the first missing or damaged picture. files: (N,) bytes, paths below `folder`."""
+    bad = find_bad_pictures(Pictures(str(folder), files, None, None))
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(f"{os.path.join(folder, bad[0][0])} is {bad[0][1]}{more}; mend or remove it")
 
 
 def read_market(folder):
@@ -53,7 +66,7 @@ def read_market(folder):
                 f"{folder}/{name}: no person and camera in this name; it must be like 0002_c1s1_000451_03.jpg"
             )
     ids, cameras = (np.array([int(match[i]) for match in found], np.int64) for i in (1, 2))
-    return Pictures(str(folder), encoded(names), ids, cameras)
+    return Pictures(str(folder), encoded(folder, names), ids, cameras)
 
 
 def read_msmt17(root, folder, *lists):
@@ -79,7 +92,8 @@ def read_msmt17(root, folder, *lists):
             cameras.append(int(camera[1]))
     if not names:
         raise UserError(f"{Path(root) / lists[0]} lists no pictures")
-    return Pictures(str(Path(root) / folder), encoded(names), np.array(ids, np.int64), np.array(cameras, np.int64))
+    folder = str(Path(root) / folder)
+    return Pictures(folder, encoded(folder, names), np.array(ids, np.int64), np.array(cameras, np.int64))
 
 
 def read_data(root, layout="auto", train="bounding_box_train", query="query", gallery="bounding_box_test"):
@@ -87,7 +101,8 @@ def read_data(root, layout="auto", train="bounding_box_train", query="query", ga
 
     train None: no training pictures are wanted. → (training Pictures, of real people only, or None; queries; gallery;
     one sentence about them).
-    Raises UserError: missing or empty folders and lists, names without person or camera, damaged pictures.
+    Raises UserError: missing or empty folders and lists, names without person or camera, damaged pictures,
+    no query with a match.
     """
     root = Path(root)
     if not root.is_dir():
@@ -100,11 +115,13 @@ def read_data(root, layout="auto", train="bounding_box_train", query="query", ga
     else:
         train, query, gallery = (folder and read_market(root / folder) for folder in (train, query, gallery))
     for part in (train, query, gallery) if train else (query, gallery):
-        bad = find_bad_pictures(part)
-        if bad:
-            more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-            raise UserError(f"{part.folder}/{bad[0][0]} is {bad[0][1]}{more}; mend or remove it")
+        refuse_bad_pictures(part.folder, part.files)
     query = query._replace(ids=np.where(query.ids > 0, query.ids, NOBODY))
+    cameras = {}  # by which each person of the gallery is seen
+    for person, camera in zip(gallery.ids.tolist(), gallery.cameras.tolist()):
+        cameras.setdefault(person, set()).add(camera)
+    if not any(cameras.get(i, set()) - {c} for i, c in zip(query.ids.tolist(), query.cameras.tolist())):
+        raise UserError(f"no query of {query.folder} has a match by another camera in {gallery.folder}; check both")
     about = (
         f"{len(query.ids)} queries of {len(np.unique(query.ids))} people, {len(gallery.ids)} gallery pictures "
         f"({(gallery.ids == 0).sum()} distractors, {(gallery.ids == -1).sum()} junk)"
@@ -220,12 +237,18 @@ def ranking_metrics(distance, query_ids, query_cams, gallery_ids, gallery_cams):
 
 
 def as_array(values):
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    if not isinstance(values, torch.Tensor):
+        return np.asarray(values)
+    values = values.detach().cpu()
+    return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # NumPy has no bfloat16
 
 
 def rank_chunks(chunks, query_ids, query_cams, gallery_ids, gallery_cams):
     """ranking_metrics from an iterable of (first row, distance rows): only one chunk need exist at a time."""
-    Q, G = len(query_ids), len(gallery_ids)
+    for ids, cams, of in ((query_ids, query_cams, "queries"), (gallery_ids, gallery_cams, "gallery pictures")):
+        if ids.ndim != 1 or ids.shape != cams.shape:
+            raise UserError(f"ids {ids.shape} and cameras {cams.shape} of the {of} must be two equally long lists")
+    Q, G, seen = len(query_ids), len(gallery_ids), 0
     kept = np.flatnonzero(gallery_ids != -1)
     gallery_ids, gallery_cams = gallery_ids[kept], gallery_cams[kept]
     order = np.argsort(gallery_ids, kind="stable")  # pictures of one person together, in gallery order
@@ -235,6 +258,7 @@ def rank_chunks(chunks, query_ids, query_cams, gallery_ids, gallery_cams):
     for first, distance in chunks:
         if distance.ndim != 2 or distance.shape[1] != G or first + len(distance) > Q:
             raise UserError(f"distances of shape {distance.shape} do not fit {Q} queries and {G} gallery pictures")
+        seen = first + len(distance)
         for q, row in enumerate(distance, first):
             if np.isnan(row.sum()):
                 raise UserError(f"distances of query {q} are not numbers")
@@ -247,6 +271,8 @@ def rank_chunks(chunks, query_ids, query_cams, gallery_ids, gallery_cams):
             # AP = 1/m Σ_k k / rank_k  over the m matches
             ap[q] = np.mean(np.arange(1, len(ranks) + 1) / ranks)
             first_hits.append(ranks[0] - 1)
+    if seen != Q:
+        raise UserError(f"distances of {seen} queries do not fit {Q} queries")
     if not first_hits:
         raise UserError("no query has a match by another camera in the gallery; check person ids and cameras")
     cmc = np.bincount(first_hits, minlength=G).cumsum() / len(first_hits)

@@ -136,14 +136,27 @@ def load_file_into(vit, path):
 
 
 def encoder_meta(path):
-    """What our encoder.safetensors says of itself, as text: size, height, width_px, patch_size, …; else {}."""
+    """What our encoder.safetensors says of itself, as text: size, height, width_px, patch_size, …; else {}.
+
+    Raises UserError for a file that cannot be read, or that says it otherwise than meta_of does.
+    """
     if path is None or not str(path).endswith(".safetensors"):
         return {}
     try:
         with safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {}).get("encoder", "{}"))
+            meta = json.loads((file.metadata() or {}).get("encoder", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
+    if not meta:
+        return {}
+    try:
+        known = meta["size"] in SIZES and meta["pose_token"] in ("True", "False")
+        known = known and min(int(meta[name]) for name in ("height", "width_px", "patch_size")) > 0
+    except (KeyError, TypeError, ValueError):
+        known = False
+    if not known:
+        raise UserError(f'{path}: its metadata "encoder" is not what this project writes; check where the file is from')
+    return meta
 
 
 def meta_of(encoder, size):
@@ -164,9 +177,12 @@ def use_meta(cfg, stage, mark, *names):
     meta, written = encoder_meta(cfg.weights), {"patch": "patch_size", "width": "width_px"}
     if cfg.weights and mark not in meta:
         raise UserError(f"{cfg.weights} is no model.safetensors of {stage}")
-    for name in ("size", "patch", "pose_token", "height", "width", *names) if cfg.weights else ():
-        text, kind = meta[written.get(name, name)], type(getattr(cfg, name, True))
-        setattr(cfg, name, text == "True" if kind is bool else kind(text))
+    try:
+        for name in ("size", "patch", "pose_token", "height", "width", *names) if cfg.weights else ():
+            text, kind = meta[written.get(name, name)], type(getattr(cfg, name, True))
+            setattr(cfg, name, text == "True" if kind is bool else kind(text))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{cfg.weights} does not say its {name} as {stage} writes it; check the file") from None
     return meta
 
 

@@ -285,6 +285,25 @@ def test_shares_are_kept_in_an_epoch_and_evenly_spread(tmp_path):
         PoseBatches(dataset, 4, 1, [1], 0)
 
 
+def test_a_share_of_a_file_that_fills_no_slot_is_refused(tmp_path):
+    generated, _ = read_people(write_set(tmp_path / "a", n_poses=4, per_pose=2))
+    lonely, _ = read_people(write_set(tmp_path / "b", n_poses=1, per_pose=1, pose_ids=False))
+    short, _ = read_people(write_set(tmp_path / "c", n_poses=3, per_pose=1))  # what max_bad may leave
+    for people, dropped in ((lonely, ()), (short, (1,))):
+        dataset = PretrainPictures([generated, people], (64, 32), 0)
+        assert len(PoseBatches(dataset, 2, 2, [], 0, dropped=dropped).epoch_slots(0)) == 4
+        assert len(PoseBatches(dataset, 2, 2, [1, 0], 0, dropped=dropped).epoch_slots(0)) == 4
+        with pytest.raises(UserError, match=r"2 slots of an epoch from .*images, whose \d pictures fill no slot"):
+            PoseBatches(dataset, 2, 2, [1, 1], 0, dropped=dropped)
+
+
+@pytest.mark.parametrize("per_slot", [1, 4])
+def test_batches_know_whether_they_hold_poses(tmp_path, per_slot):
+    dataset = two_sets(tmp_path)
+    posed = [PoseBatches(dataset, 4, per_slot, shares, 0).posed for shares in ([], [1, 1], [1, 0], [0, 1], [1, 10**6])]
+    assert posed == [True, True, True, False, False]
+
+
 def test_ranks_share_out_each_batch(tmp_path):
     dataset = two_sets(tmp_path)
     whole = list(PoseBatches(dataset, 16, 4, [], 0).run(0, 7))

@@ -4,6 +4,7 @@ averaged weights, training that learns, ranks, resume after a kill, prediction, 
 import csv
 import json
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -111,6 +112,11 @@ def test_metrics_by_hand():
         attribute_metrics(p, y[:1])
     with pytest.raises(UserError, match="not a number"):
         attribute_metrics(p * np.nan, y)
+    p[0, 1] = 0.5 + 1e-12  # yes in float64, no in float32
+    assert (
+        attribute_metrics(torch.from_numpy(p), torch.from_numpy(y))["accuracy"] == attribute_metrics(p, y)["accuracy"]
+    )
+    assert attribute_metrics(torch.from_numpy(p).bfloat16(), torch.from_numpy(y))["accuracy"] == 0.75
 
 
 def test_loss_equals_a_loop_and_its_gradient():
@@ -236,6 +242,39 @@ def test_bad_annotation_is_one_clear_line(tmp_path, people):
             attributes.read_attributes(config(train=str(bad), test=str(bad)))
 
 
+def test_a_mat_of_another_layout_is_one_clear_line(tmp_path):
+    path = tmp_path / "annotation.mat"
+    part = cell([{"train": [[1]], "val": [[2]], "test": [[3]]}] * 2)
+    rap = {"name": cell(["a", "b"]), "data": np.eye(2), "attribute": cell(["x", "y"]), "selected_attribute": [[1, 2]]}
+    for dataset, document in (
+        ("peta", {"peta": dict(data=np.arange(9), names=cell(["a"]), selected=1, partition=part)}),
+        ("peta", {"peta": dict(data=np.eye(40), names=cell(["a"]), selected=1, partition=7)}),
+        ("rap", {"RAP_annotation": {f"field{i}": i for i in range(6)}}),
+        ("rap", {"RAP_annotation": rap | {"partition_attribute": [1, 2, 3]}}),
+        ("rap", {"RAP_annotation": rap | {"selected_attribute": 9, "partition_attribute": part}}),
+    ):
+        savemat(path, document)
+        with pytest.raises(UserError, match=f"annotation.mat is not laid out as {dataset} is: ") as caught:
+            attributes.read_attributes(config(dataset=dataset, annotation=path))
+        assert "\n" not in str(caught.value)
+    whole = path.read_bytes()
+    for size in (0, 60, 200, len(whole) - 9):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match=r"cannot read .* as a .mat file"):
+            attributes.read_attributes(config(dataset="rap", annotation=path))
+
+
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_a_damaged_picture_is_found_before_training(people, tmp_path, monkeypatch, kind):
+    name = f"{kind}/3.png"
+    shutil.copytree(os.path.dirname(people["train"]), tmp_path / "set")
+    (tmp_path / "set" / name).write_bytes((tmp_path / "set" / name).read_bytes()[:200])
+    copies = {kind: tmp_path / "set" / f"{kind}.csv" for kind in people}
+    with pytest.raises(UserError, match=rf"{name} is damaged or truncated .*mend or remove it"):
+        run(monkeypatch, args(copies, tmp_path / "x"))
+    assert not (tmp_path / "x").exists()
+
+
 def test_average_is_the_stated_recursion():
     model = torch.nn.Linear(2, 1)
     run_ = finetune_par.Run(model, config())
@@ -304,6 +343,16 @@ def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, mo
     assert len(rows) == 7 and list(rows[0]) == ["image", "red", "dark", "always", "never"]
     right = sum((float(r[a]) > 0.5) == (truth[r["image"]][a] == "1") for r in rows for a in ("red", "dark"))
     assert right >= 13
+
+    mine = tmp_path / "mine"
+    for name, message in ((b"cut.png", "cut.png is damaged or truncated"), (b"\xff.png", "is not UTF-8; rename")):
+        shutil.rmtree(mine, ignore_errors=True)
+        mine.mkdir()
+        with open(os.path.join(os.fsencode(mine), name), "wb") as file:
+            file.write(b"\x89PNG")
+        with pytest.raises(UserError, match=message):
+            run(monkeypatch, [weights, f"predict={mine}", f"out={tmp_path / 'x'}", *MACHINE])
+        assert not (tmp_path / "x").exists()
 
     # the fine-tuned encoder starts another run, with another token, size and grid
     encoder = f"encoder={tmp_path / 'a' / 'encoder.safetensors'}"

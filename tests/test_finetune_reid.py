@@ -1,6 +1,7 @@
 """ReID: protocol and re-ranking against loops and by hand, triplet on ranks, batches, readers, and the stage itself."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -14,10 +15,11 @@ import finetune_reid
 import losses
 import reid
 from batches import PersonBatches
-from common import load_checkpoint
+from common import load_checkpoint, save_encoder
 from config import UserError
 from finetune_reid import ranking_metrics, triplet_loss
 from model import layer_of
+from weights import encoder_meta
 
 SMALL = ["size=tiny", "height=32", "width=16", "patch=8", "pad=2", "people=6", "pictures_per_person=2", "device=cpu"]
 SMALL += ["warmup_epochs=0.5", "lr=1e-3", "layer_decay=0.9", "log_every=1", "workers=0", "precision=fp32"]
@@ -152,6 +154,21 @@ def test_metrics_refuse_what_has_no_answer():
         ranking_metrics(np.zeros((2, 2)), [1], [1], [1, 2], [2, 1])
     with pytest.raises(UserError, match="query 0 are not numbers"):
         ranking_metrics(np.array([[0.0, np.nan]]), [1], [1], [1, 2], [2, 1])
+    good = dict(
+        distance=np.eye(3), query_ids=[1, 2, 3], query_cams=[1] * 3, gallery_ids=[1, 2, 3], gallery_cams=[2] * 3
+    )
+    assert ranking_metrics(**good)["unmatched"] == 0
+    assert ranking_metrics(**good | {"distance": torch.eye(3, dtype=torch.bfloat16)})["ap"].tolist() == [1 / 3] * 3
+    changes = [
+        {"distance": np.eye(3)[:2]},
+        {"distance": np.eye(3)[0]},
+        {"query_ids": 1},
+        {"query_ids": [[1], [2], [3]]},
+    ]
+    changes += [{name: [2] * n} for name in good if name.endswith("cams") for n in (2, 4)]
+    for change in changes:
+        with pytest.raises(UserError, match="do not fit|equally long"):
+            ranking_metrics(**good | change)
 
 
 def features(rng, ids, width=8):
@@ -538,6 +555,13 @@ def test_bad_input_is_one_line(data, tmp_path, plain):
     run = [*SMALL, f"out={tmp_path}/run"]
     (tmp_path / "empty").mkdir()
     paint(tmp_path / "names" / "my_friend.jpg", 1, 1, np.random.default_rng(0))
+    bad_name = os.fsencode(tmp_path / "bytes" / "0001_c1s1_") + b"\xff.jpg"
+    paint(tmp_path / "bytes" / "0001_c1s1_000001_00.jpg", 1, 1, np.random.default_rng(0))
+    (tmp_path / "bytes" / "0001_c1s1_000001_00.jpg").rename(os.fsdecode(bad_name))
+    model, broken = f"weights={plain}/model.safetensors", "0001_c1s1_000001_00.jpg is damaged or truncated"
+    meta = encoder_meta(plain / "model.safetensors")
+    del meta["token"]
+    save_encoder(tmp_path / "less.safetensors", torch.nn.Linear(1, 1), **meta)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "0001_c1s1_000001_00.jpg").write_bytes(b"\xff\xd8\xff")
     cases = [
@@ -546,7 +570,12 @@ def test_bad_input_is_one_line(data, tmp_path, plain):
         ([f"data={tmp_path}"], "no folder .*bounding_box_train"),
         ([f"data={data}", f"query={tmp_path}/empty"], "empty holds no pictures"),
         ([f"data={data}", f"query={tmp_path}/names"], "my_friend.jpg: no person and camera in this name"),
-        ([f"data={data}", f"gallery={tmp_path}/broken"], "0001_c1s1_000001_00.jpg is damaged or truncated"),
+        ([f"data={data}", f"gallery={tmp_path}/broken"], broken),
+        ([f"data={data}", f"query={tmp_path}/bytes"], "bytes/0001_c1s1_.*: this name is not UTF-8"),
+        ([f"data={data}", f"gallery={data}/query"], "no query of .*query has a match by another camera in .*query"),
+        ([f"data={data}", "eval_only=true", f"weights={tmp_path}/less.safetensors"], "does not say its token as"),
+        ([f"predict={tmp_path}/broken", model], broken),
+        ([f"predict={tmp_path}/bytes", model], "bytes/0001_c1s1_.*: this name is not UTF-8"),
         ([f"data={data}", "people=10"], "people=10 different people; the training set has 9"),
         ([f"data={data}", "token=cls", "tokn=cls"], "nearest valid key: token"),
         ([f"data={data}", "eval_only=true"], "need each other"),
@@ -555,7 +584,7 @@ def test_bad_input_is_one_line(data, tmp_path, plain):
             "is no model.safetensors of finetune_reid.py",
         ),
         ([f"data={data}", "eval_only=true", "weights=/nowhere.safetensors"], "nowhere.safetensors"),
-        ([f"predict={tmp_path}/empty", f"weights={plain}/model.safetensors"], "empty holds no pictures"),
+        ([f"predict={tmp_path}/empty", model], "empty holds no pictures"),
     ]
     for arguments, message in cases:
         with pytest.raises(UserError, match=message) as caught:

@@ -183,6 +183,7 @@ def test_readers_of_the_three_files(tmp_path, people):
 def test_bad_captions_are_one_clear_line(tmp_path):
     good = {"split": "train", "captions": ["a man"], "img_path": "x.png", "id": 1}
     Image.new("RGB", (4, 8)).save(tmp_path / "x.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:40])
     path = tmp_path / "c.json"
     for change, message in (
         ({"split": "training"}, 'entry 1 .*unknown split "training"'),
@@ -192,6 +193,7 @@ def test_bad_captions_are_one_clear_line(tmp_path):
         ({"id": "one"}, "whole-number id"),
         ({"img_path": None}, "needs a picture"),
         ({"img_path": "y.png"}, "y.png, which is missing; set images="),
+        ({"img_path": "cut.png", "split": "test"}, "cut.png is damaged or truncated .*mend or remove it"),
     ):
         path.write_text(json.dumps([good, good | change]))
         with pytest.raises(UserError, match=message):
@@ -275,6 +277,11 @@ def test_training_finds_new_people_by_sentence(people, tmp_path, monkeypatch):
     assert len(found) == 33 and found[0]["cosine"] >= found[1]["cosine"] >= found[-1]["cosine"]
     assert {row["image"][:4] for row in found[:2]} == {"0000"}  # red over green
     assert (tmp_path / "c" / "ranking.png").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "cut.png").write_bytes(b"\x89PNG")
+    with pytest.raises(UserError, match="cut.png is damaged or truncated .*mend or remove it"):
+        run(monkeypatch, [weights, search[0], f"predict={tmp_path / 'mine'}", f"out={tmp_path / 'x'}", *MACHINE])
+    assert not (tmp_path / "x").exists()
 
 
 def test_bert_through_the_whole_stage(people, tiny_bert, tmp_path, monkeypatch):

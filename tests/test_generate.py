@@ -648,6 +648,11 @@ def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
     orphan.write_text(json.dumps({**good, "annotations": [{**good["annotations"][0], "image_id": 77}]}))
     twice = tmp_path / "twice.json"
     twice.write_text(json.dumps({**good, "annotations": good["annotations"][:1] * 2}))
+    points, box = np.reshape(good["annotations"][0]["keypoints"], (17, 3)), good["annotations"][0]["bbox"]
+    undrawable = {"headonly": points * (np.arange(17) < 5)[:, None], "beside": points + [9000, 0, 0]}
+    for name, keypoints in undrawable.items():
+        row = {**good["annotations"][0], "keypoints": keypoints.ravel().tolist(), "bbox": box}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**good, "annotations": [row, {**row, "id": 2}]}))
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "thesis.txt").write_text("mine")
@@ -666,6 +671,11 @@ def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
         ([f"annotations={few}"], "51"),
         ([f"annotations={orphan}"], "77"),
         ([f"annotations={twice}"], "repeat"),
+        (
+            [f"annotations={tmp_path / 'headonly.json'}", "parts=true"],
+            "nobody of 2 people can be drawn (too few joints",
+        ),
+        ([f"annotations={tmp_path / 'beside.json'}", "parts=true"], "nobody of 2 people can be drawn (too few joints"),
         ([f"annotations={tiny / 'captions.json'}"], "not a COCO keypoint file"),
         ([f"annotations={tiny / 'poses.json'}", "min_joints=17", "min_side=9999"], "no person is left"),
         (["backend=t2i_adapter"], "annotations="),

@@ -2,6 +2,7 @@
 own ViT-B, and the figures that a working model must reach."""
 
 import importlib
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,13 +10,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
+from safetensors.torch import save_file
 
 import losses
 import model
 from config import UserError, read_config
 from heads import ClassicHead, Projector, SimpleHead
 from model import SIZES, Decoder, GenPoCCL, ViT, sincos_positions
-from weights import load_pretrained, resized_positions
+from weights import load_encoder, load_pretrained, meta_of, resized_positions
 
 SIDE, P = (32, 16), 4  # a grid of 8 × 4
 GRID, N, D = (8, 4), 32, 32
@@ -414,6 +416,22 @@ def test_weights_of_another_model_are_one_line_and_change_nothing(change, messag
         load_pretrained(vit, change(dict(encoder().state_dict())), "other.pth")
     assert "\n" not in str(error.value) and "other.pth" in str(error.value)
     assert all(torch.equal(v, before[n]) for n, v in vit.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "words", [["tiny"], 3, "tiny", {"patch_size": ...}, {"size": "huge"}, {"patch_size": "p"}, {"height": "0"}]
+)
+def test_an_encoder_that_says_of_itself_what_we_never_write(tmp_path, words):
+    s, path = SIZES["tiny"], tmp_path / "encoder.safetensors"
+    vit = ViT(s["width"], s["depth"], s["heads"], (32, 16), 8)
+    meta = {name: str(value) for name, value in meta_of(vit, "tiny").items()}
+    save_file(vit.state_dict(), path, {"encoder": json.dumps(meta)})
+    assert load_encoder(path, (32, 16))[1] == "tiny"
+    if isinstance(words, dict):
+        words = {name: value for name, value in (meta | words).items() if value is not ...}
+    save_file(vit.state_dict(), path, {"encoder": json.dumps(words)})
+    with pytest.raises(UserError, match='encoder.safetensors: its metadata "encoder" is not what this project writes'):
+        load_encoder(path, (32, 16))
 
 
 @pytest.mark.parametrize(

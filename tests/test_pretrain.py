@@ -150,6 +150,7 @@ def test_finished_run_is_left_alone_and_another_config_refused(sets, plain):
         (["annotations=nowhere.json"], "nowhere.json"),
         (["annotations="], "names no file"),
         (["shares=1"], "one number"),
+        (["shares=0,1"], "no batch can hold a positive pair"),
         (["nonsense"], "key=value"),
         (["batch=.inf"], "key batch"),
         (["blr=.nan"], "key blr"),
