@@ -21,8 +21,7 @@ from torchvision.transforms import v2
 
 from common import seed_all
 from config import UserError
-from data import load_picture
-from reid import encoded, refuse_bad_pictures
+from data import as_bytes, load_picture, refuse_bad_pictures
 
 THRESHOLD = 0.5  # [Rethinking_of_PAR]
 
@@ -53,7 +52,7 @@ def read_attributes(cfg):
         missing = [file for file in split.files if not os.path.isfile(file)]
         if missing:
             raise UserError(f"{missing[0]} is missing (and {len(missing) - 1} more {kind} pictures); set images=")
-        refuse_bad_pictures("", encoded("", split.files))
+        refuse_bad_pictures("", as_bytes("", split.files))
     counts = {kind: len(split.files) for kind, split in splits.items()}
     if not counts["train"] or not counts["test"]:
         raise UserError(f"{cfg.annotation or cfg.train}: a split is empty, {counts}")

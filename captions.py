@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 
 from common import seed_all
 from config import UserError
-from data import load_picture, read_json
+from data import as_bytes, load_picture, read_json, refuse_bad_pictures
 from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
-from reid import encoded, evaluate_features, refuse_bad_pictures
+from reid import evaluate_features
 
 
 class Captioned(NamedTuple):
@@ -68,7 +68,7 @@ def read_captions(path, folder=None):
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"{path} names the picture {missing[0]}, which is missing{more}; set images=")
-    refuse_bad_pictures("", encoded("", [file for part in rows.values() for file, _, _ in part]))
+    refuse_bad_pictures("", as_bytes("", [file for part in rows.values() for file, _, _ in part]))
     return {split: as_split(part) if part else None for split, part in rows.items()}
 
 

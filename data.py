@@ -74,9 +74,6 @@ def picture_names(folder, below=False):
     names = sorted(str(path.relative_to(folder)) for path in paths if path.suffix.lower() in PICTURES)
     if not names:
         raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
-    odd = [name for name in names if name.encode("utf-8", "ignore").decode() != name]
-    if odd:
-        raise UserError(f"{folder} holds a picture whose name is not UTF-8, {odd[0]!a}; rename it")
     return names
 
 
@@ -88,14 +85,33 @@ def read_json(path):
         raise UserError(f"cannot read {path} as JSON: {error}") from None
 
 
-def find_bad_pictures(people, sizes=None):
-    """[(name, reason)] of missing, empty or truncated pictures; with sizes (N, 2) also of those of another w, h."""
+def as_bytes(folder, names):
+    """File names below `folder` → (N,) bytes; UserError for one that is no UTF-8: no list could hold it."""
+    try:
+        return np.array([name.encode() for name in names], dtype=np.bytes_)
+    except UnicodeEncodeError as error:
+        raise UserError(f"{os.path.join(folder, error.object)!r}: this name is not UTF-8; rename the file") from None
+
+
+def refuse_bad_pictures(folder, files):
+    """UserError names the first missing or damaged picture. files: (N,) bytes, paths below `folder`."""
+    bad = find_bad_pictures(folder, files)
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(f"{os.path.join(folder, bad[0][0])} is {bad[0][1]}{more}; mend or remove it")
+
+
+def find_bad_pictures(folder, files, sizes=None):
+    """[(name, reason)] of missing, empty or truncated pictures; with sizes (N, 2) also of those of another w, h.
+
+    files: (N,) bytes, paths below `folder`; each is looked at once.
+    """
     bad, seen = [], set()
-    for row, name in enumerate(people.files.tolist()):
+    for row, name in enumerate(files.tolist()):
         if name not in seen:
             seen.add(name)
             size = None if sizes is None else tuple(sizes[row].tolist())
-            reason = picture_fault(os.path.join(people.folder, name.decode()), size)
+            reason = picture_fault(os.path.join(folder, name.decode()), size)
             if reason:
                 bad.append((name.decode(), reason))
     return bad

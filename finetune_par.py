@@ -52,10 +52,9 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import load_picture, normalize, picture_names
+from data import as_bytes, load_picture, normalize, picture_names, refuse_bad_pictures
 from heads import TOKENS, feature_width, reads_pose, token_features
 from model import SIZES
-from reid import encoded, refuse_bad_pictures
 from weights import load_encoder, meta_of, use_meta
 
 KEYS = dict(
@@ -336,7 +335,7 @@ def finish(cfg, model, names, splits, log, rank, world, device):
 def predict(cfg, rank, world, device):
     """A folder of pictures → predictions.csv (probability of each attribute) and predictions.png."""
     found = picture_names(cfg.predict, below=True)
-    refuse_bad_pictures(cfg.predict, encoded(cfg.predict, found))
+    refuse_bad_pictures(cfg.predict, as_bytes(cfg.predict, found))
     model, meta, _ = build_model(cfg, None)
     if open_run(cfg, KEYS, rank) == "finished":
         return

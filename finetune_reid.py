@@ -51,7 +51,7 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import load_picture, normalize, picture_names
+from data import as_bytes, load_picture, normalize, picture_names, refuse_bad_pictures
 from heads import TOKENS, GlobalBatchNorm, feature_width, reads_pose, token_features
 from model import SIZES, layer_of
 from reid import evaluate_features, ranking_metrics, triplet_loss
@@ -332,8 +332,8 @@ def predict(cfg, rank, world, device, rows=40, columns=10):
     alike others, similarity (N, 10) their cosines.
     """
     names = picture_names(cfg.predict, below=True)
-    data = reid.Pictures(cfg.predict, reid.encoded(cfg.predict, names), None, None)
-    reid.refuse_bad_pictures(data.folder, data.files)
+    data = reid.Pictures(cfg.predict, as_bytes(cfg.predict, names), None, None)
+    refuse_bad_pictures(data.folder, data.files)
     model, _, sentence = build_model(cfg)
     if open_run(cfg, KEYS, rank) == "finished":
         return

@@ -59,11 +59,10 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import load_picture, normalize, picture_names
+from data import as_bytes, load_picture, normalize, picture_names, refuse_bad_pictures
 from heads import TOKENS, feature_width, reads_pose, token_features
 from losses import no_autocast
 from model import SIZES
-from reid import encoded, refuse_bad_pictures
 from weights import load_encoder, meta_of, use_meta
 
 KEYS = dict(
@@ -331,7 +330,7 @@ def finish(cfg, model, text, split, log, step, rank, world, device):
 def predict(cfg, rank, world, device):
     """The pictures of a folder, best first for a sentence → ranking.json and ranking.png (the ten best)."""
     names = picture_names(cfg.predict, below=True)
-    refuse_bad_pictures(cfg.predict, encoded(cfg.predict, names))
+    refuse_bad_pictures(cfg.predict, as_bytes(cfg.predict, names))
     model, text, _, _ = build_model(cfg, None, device)
     if open_run(cfg, KEYS, rank) == "finished":
         return

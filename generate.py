@@ -135,8 +135,6 @@ def read_poses(cfg):
     rows = np.flatnonzero(~few & ~small)[cfg.first_pose :][: cfg.poses or None]
     if len(rows) == 0:
         raise UserError(f"{cfg.annotations}: no person is left (min_joints={cfg.min_joints}, min_side={cfg.min_side})")
-    if len(np.unique(people.annotation_id)) < len(people.annotation_id):
-        raise UserError(f"{cfg.annotations}: annotation ids repeat; they name the poses and must differ")
     return people, rows, +skipped
 
 

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 import pose
 from coco import People, read_people
 from config import UserError
-from data import UNREADABLE, find_bad_pictures, flip_ids, load_picture, picture_names, read_json
+from data import UNREADABLE, as_bytes, find_bad_pictures, flip_ids, load_picture, picture_names, read_json
 
 # ---------------------------------------------------------------------------------------------------------- readers
 
@@ -104,11 +104,10 @@ def read_mpii(path, folder, max_bad):
 def people_at(folder, files, boxes, joints, skeleton, keypoints=None, image_id=None, size=None):
     """People from arrays; without image ids each file name gets the next number from 1."""
     n = len(files)
-    names = np.array([name.encode() for name in files], dtype=np.bytes_)
     number = {name: i for i, name in enumerate(dict.fromkeys(files), 1)}
     image_id = [number[name] for name in files] if image_id is None else image_id
     return People(
-        folder=str(folder), files=names.reshape(n), boxes=np.asarray(boxes, np.float32),
+        folder=str(folder), files=as_bytes(folder, files).reshape(n), boxes=np.asarray(boxes, np.float32),
         size=np.zeros((n, 2), np.int32) if size is None else np.asarray(size, np.int32),
         keypoints=np.zeros((n, len(joints), 3), np.float32) if keypoints is None else keypoints,
         pose_id=np.full(n, -1), annotation_id=np.arange(1, n + 1), image_id=np.array(image_id, np.int64),
@@ -162,7 +161,7 @@ def read_folder(folder, joints, skeleton, max_bad=0):
     files = picture_names(folder, below=True)
     people = people_at(folder, files, np.ones((len(files), 4)), joints, skeleton)
     people, notes = measured(people, folder, max_bad)
-    damaged = find_bad_pictures(people)
+    damaged = find_bad_pictures(people.folder, people.files)
     if len(damaged) + len(notes["bad"]) > max_bad:
         raise UserError(f"{folder}/{damaged[0][0]} is {damaged[0][1]}; mend it or allow it by max_bad=")
     people = people.take(~np.isin(people.files, np.array([name.encode() for name, _ in damaged], dtype=np.bytes_)))

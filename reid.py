@@ -5,7 +5,6 @@ H, W picture.
 Person ids as in Market-1501: 0 = distractor (in the gallery, nobody's match), -1 = junk (as if it were not there).
 """
 
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from torchvision.transforms import RandomErasing
 
 from common import seed_all
 from config import UserError
-from data import IMAGENET_MEAN, IMAGENET_STD, find_bad_pictures, load_picture, picture_names
+from data import IMAGENET_MEAN, IMAGENET_STD, as_bytes, load_picture, picture_names, refuse_bad_pictures
 from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
 
 # ---------------------------------------------------------------------------------------------------------- readers
@@ -40,22 +39,6 @@ MARKET_NAME = re.compile(r"(-?\d+)_c(\d+)(?!\d)")  # also DukeMTMC-reID's 0001_c
 MSMT_NAME = re.compile(r"\d+_\d+_(\d+)_")  # 0000_000_01_0303morning_0015_0.jpg: camera is the third field
 
 
-def encoded(folder, names):
-    """File names below `folder` → (N,) bytes; UserError for one that is no UTF-8: no list could hold it."""
-    try:
-        return np.array([name.encode() for name in names])
-    except UnicodeEncodeError as error:
-        raise UserError(f"{os.path.join(folder, error.object)!r}: this name is not UTF-8; rename the file") from None
-
-
-def refuse_bad_pictures(folder, files):
-    """UserError names the first missing or damaged picture. files: (N,) bytes, paths below `folder`."""
-    bad = find_bad_pictures(Pictures(str(folder), files, None, None))
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(f"{os.path.join(folder, bad[0][0])} is {bad[0][1]}{more}; mend or remove it")
-
-
 def read_market(folder):
     """A folder in Market naming → Pictures. Person and camera come from the names."""
     names = picture_names(folder)
@@ -66,7 +49,7 @@ def read_market(folder):
                 f"{folder}/{name}: no person and camera in this name; it must be like 0002_c1s1_000451_03.jpg"
             )
     ids, cameras = (np.array([int(match[i]) for match in found], np.int64) for i in (1, 2))
-    return Pictures(str(folder), encoded(folder, names), ids, cameras)
+    return Pictures(str(folder), as_bytes(folder, names), ids, cameras)
 
 
 def read_msmt17(root, folder, *lists):
@@ -93,7 +76,7 @@ def read_msmt17(root, folder, *lists):
     if not names:
         raise UserError(f"{Path(root) / lists[0]} lists no pictures")
     folder = str(Path(root) / folder)
-    return Pictures(folder, encoded(folder, names), np.array(ids, np.int64), np.array(cameras, np.int64))
+    return Pictures(folder, as_bytes(folder, names), np.array(ids, np.int64), np.array(cameras, np.int64))
 
 
 def read_data(root, layout="auto", train="bounding_box_train", query="query", gallery="bounding_box_test"):

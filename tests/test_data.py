@@ -173,7 +173,7 @@ def test_pictures_by_relative_and_absolute_names(tmp_path, monkeypatch):
 
 def test_picture_of_another_size_than_declared(tmp_path):
     people, _ = read_people(write_set(tmp_path))
-    assert data.find_bad_pictures(people, people.size) == []
+    assert data.find_bad_pictures(people.folder, people.files, people.size) == []
     Image.new("RGB", (10, 10)).save(tmp_path / "images/000.jpg")  # after the start, where the header was looked at
     with pytest.raises(UserError, match=r"000\.jpg is \(10, 10\)"):
         PretrainPictures([people], (64, 32), 0)[(0, 0)]
@@ -193,7 +193,7 @@ def test_files_that_are_no_pictures_or_far_too_large(tmp_path):
     people, _ = read_people(write_set(tmp_path))
     (tmp_path / "images/000.jpg").write_bytes(b"no picture" + b"\xff\xd9")  # ends as a JPEG does
     Image.new("1", (20000, 20000)).save(tmp_path / "images/004.jpg", "png")
-    assert [name for name, _ in data.find_bad_pictures(people)] == ["000.jpg", "004.jpg"]
+    assert [name for name, _ in data.find_bad_pictures(people.folder, people.files)] == ["000.jpg", "004.jpg"]
     for name in ("000.jpg", "004.jpg"):
         with pytest.raises(UserError, match=name):
             data.load_picture(people.folder, name)
@@ -209,7 +209,7 @@ def test_picture_names_must_be_utf_8(tmp_path):
     write_set(tmp_path)
     (tmp_path / "images" / b"\xff.jpg".decode("utf-8", "surrogateescape")).touch()
     with pytest.raises(UserError, match="not UTF-8"):
-        data.picture_names(tmp_path / "images")
+        data.as_bytes(tmp_path / "images", data.picture_names(tmp_path / "images"))
 
 
 # --------------------------------------------------------------------------------------------------------- pictures

@@ -670,7 +670,7 @@ def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
         ([f"annotations={text}"], "JSON"),
         ([f"annotations={few}"], "51"),
         ([f"annotations={orphan}"], "77"),
-        ([f"annotations={twice}"], "repeat"),
+        ([f"annotations={twice}"], "stands twice"),
         (
             [f"annotations={tmp_path / 'headonly.json'}", "parts=true"],
             "nobody of 2 people can be drawn (too few joints",
