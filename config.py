@@ -29,7 +29,7 @@ class UserError(Exception):
 
 
 def run_stage(main):
-    """Call `main()`; turn a UserError or a full disk into one line on stderr and exit code 2."""
+    """Call `main()`; turn a UserError, a full disk or an unusable path into one line on stderr and exit code 2."""
     try:
         main()
     except KeyboardInterrupt:
