@@ -1,16 +1,35 @@
 """Which samples a step sees: batch samplers of pre-training (whole pose groups), plain fine-tuning and person ReID.
 
 They are drawn from (seed, epoch) alone: a resumed run goes on with the same ones, and the ranks' shares together are
-the batch of one process.
+the batch of one process. And the loader that reads them for a step.
 
 Legend: S batches in an epoch · P pictures of a pose (PoseBatches) · P people × K pictures of each (PersonBatches).
 """
 
+import contextlib
+import os
+
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 
 from common import rank_rows
 from config import UserError
+
+
+def training_loader(dataset, batches, workers, device, **more):
+    """DataLoader over a WholeRun's batches; memory is pinned for CUDA.
+
+    If the model trains on the CPU too, Linux runs the loaders only in the time that the step leaves: its threads wait
+    for one another, so a loader that takes the place of one of them stops them all.
+    """
+    begin = give_way if device.type == "cpu" and hasattr(os, "SCHED_IDLE") else None
+    pin = device.type == "cuda"
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=begin, **more)
+
+
+def give_way(worker):
+    with contextlib.suppress(OSError):  # refused in some sandboxes; only time is lost
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 class WholeRun(Sampler):

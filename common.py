@@ -18,8 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -201,10 +201,9 @@ def write_atomic(path, write):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors wrap a failed write in errors of their own: safetensors names the number, for torch the
-        # disk itself is asked, while the part still fills it.
-        full = getattr(error, "errno", None) in DISK_FULL or any(f"os error {n})" in str(error) for n in DISK_FULL)
+    except (OSError, RuntimeError) as error:
+        # torch wraps a failed write in an error of its own: then the disk is asked, while the part still fills it.
+        full = getattr(error, "errno", None) in DISK_FULL
         full = full or not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < 1 << 20
         temporary.unlink(missing_ok=True)
         if full:
@@ -275,7 +274,8 @@ def save_encoder(path, module, **meta):
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     text = json.dumps({name: str(value) for name, value in meta.items()})
-    write_atomic(path, lambda part: save_file(tensors, part, metadata={"encoder": text}))
+    # Written by us, not by save_file: its files are for their owner alone.
+    write_atomic(path, lambda part: part.write_bytes(to_safetensors(tensors, metadata={"encoder": text})))
 
 
 # --------------------------------------------------------------------------------------------------------------- log

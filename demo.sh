@@ -6,18 +6,18 @@ set -euo pipefail
 run() { echo; echo "+ python $*"; "$python" "$@"; }
 started=$SECONDS
 
-# Stage 1: a pose-consistent set to pre-train on, and labelled people for the tasks. Other poses in each.
+# Stage 1: a pose-consistent set to pre-train on, and labelled people for 2-D pose. Other poses in each.
 run generate.py --cfg configs/generate_demo.yaml
 run generate.py --cfg configs/generate_demo.yaml out=runs/demo/pose_train poses=2400 first_pose=100000 pictures_per_pose=1 width=96
 run generate.py --cfg configs/generate_demo.yaml out=runs/demo/pose_val poses=200 first_pose=200000 pictures_per_pose=1 width=96
-run generate.py --cfg configs/generate_people_demo.yaml
 
 # Stage 2.
 run pretrain.py --cfg configs/pretrain_demo.yaml
 
-# Stage 3: each task twice, same schedule, same seed.
+# Stage 3: each task twice, same schedule, same seed. People under several cameras for the last three.
 encoder=runs/demo/pretrain/encoder.safetensors
 for task in pose reid par t2i; do
+  [ "$task" = reid ] && run generate.py --cfg configs/generate_people_demo.yaml
   run "finetune_$task.py" --cfg "configs/finetune_${task}_demo.yaml" "out=runs/demo/${task}_scratch"
   run "finetune_$task.py" --cfg "configs/finetune_${task}_demo.yaml" "out=runs/demo/${task}_pretrained" "encoder=$encoder"
 done

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 import sheets
 from attributes import THRESHOLD, AttributePictures, Split, attribute_metrics, read_attributes, weighted_bce
-from batches import EpochBatches
+from batches import EpochBatches, training_loader
 from common import (
     Figures,
     Log,
@@ -218,9 +218,7 @@ class Run:
 def train(cfg, run, splits, batches, first, total, log, rank, world, device):
     """The loop. Nothing in a step waits for the device: its figures are read while the next step runs."""
     dataset = AttributePictures(splits["train"], (cfg.height, cfg.width), cfg.seed, cfg.pad, augment=True)
-    loader = DataLoader(
-        dataset, batch_sampler=batches.run(first, total), num_workers=cfg.workers, pin_memory=device.type == "cuda"
-    )
+    loader = training_loader(dataset, batches.run(first, total), cfg.workers, device)
     ratio = torch.from_numpy((splits["train"].labels == 1).mean(0)).float().to(device)
     model, runner, figures = run.model, distributed(run.model, device), None
     for step, sample in enumerate(loader, first):

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 import pose
 import pose_data
 import sheets
-from batches import EpochBatches
+from batches import EpochBatches, training_loader
 from common import (
     Figures,
     Log,
@@ -196,9 +196,7 @@ def build_optimizer(cfg, model):
 
 def train(cfg, model, meta, optimizer, dataset, batches, val, first, total, log, rank, world, device):
     """The loop. Nothing in a step waits for the device: its figures are read while the next step runs."""
-    loader = DataLoader(
-        dataset, batch_sampler=batches.run(first, total), num_workers=cfg.workers, pin_memory=device.type == "cuda"
-    )
+    loader = training_loader(dataset, batches.run(first, total), cfg.workers, device)
     runner = distributed(model.train(), device)
     milestones = [m * batches.steps_per_epoch for m in cfg.milestones]
     map_size, figures = tuple(4 * n for n in model.encoder.grid), None

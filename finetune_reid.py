@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 
 import reid
 import sheets
-from batches import PersonBatches
+from batches import PersonBatches, training_loader
 from common import (
     Figures,
     Log,
@@ -200,9 +200,7 @@ def build_optimizer(cfg, model):
 
 def train(cfg, model, meta, optimizer, dataset, batches, test, first, total, log, rank, world, device):
     """The loop. Nothing in a step waits for the device: its figures are read while the next step runs."""
-    loader = DataLoader(
-        dataset, batch_sampler=batches.run(first, total), num_workers=cfg.workers, pin_memory=device.type == "cuda"
-    )
+    loader = training_loader(dataset, batches.run(first, total), cfg.workers, device)
     runner = distributed(model.train(), device)
     warmup, figures = round(cfg.warmup_epochs * batches.steps_per_epoch), None
     for step, sample in enumerate(loader, first):

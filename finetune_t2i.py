@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import sheets
-from batches import EpochBatches
+from batches import EpochBatches, training_loader
 from captions import (
     Bert,
     Gallery,
@@ -231,10 +231,7 @@ def build_model(cfg, train_split, device):
 def train(cfg, model, text, optimizer, split, batches, first, total, log, rank, world, device):
     """The loop. Nothing in a step waits for the device: its figures are read while the next step runs."""
     dataset = Pairs(split, text, cfg)
-    loader = DataLoader(
-        dataset, batch_sampler=batches.run(first, total), num_workers=cfg.workers, pin_memory=device.type == "cuda",
-        collate_fn=Pairs.collate,
-    )  # fmt: skip
+    loader = training_loader(dataset, batches.run(first, total), cfg.workers, device, collate_fn=Pairs.collate)
     runner, figures = distributed(model.train(), device), None
     warmup = round(cfg.warmup_epochs * batches.steps_per_epoch)
     milestones = [m * batches.steps_per_epoch for m in cfg.milestones]

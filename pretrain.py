@@ -15,10 +15,9 @@ Legend: B pictures on this rank · M all ranks · N patches · D width · K join
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 import sheets
-from batches import PoseBatches
+from batches import PoseBatches, training_loader
 from coco import read_people
 from common import (
     Figures,
@@ -222,9 +221,7 @@ def draw_masks(cfg, keypoints, grid, step, rank, world):
 
 def train(cfg, model, optimizer, dataset, batches, first, total, log, rank, world, device):
     """The loop. Nothing in a step waits for the device: its figures are read while the next step runs."""
-    loader = DataLoader(
-        dataset, batch_sampler=batches.run(first, total), num_workers=cfg.workers, pin_memory=device.type == "cuda"
-    )
+    loader = training_loader(dataset, batches.run(first, total), cfg.workers, device)
     if cfg.compile:
         model.compile()
     runner = distributed(model, device)

@@ -33,13 +33,12 @@ from inputs import read_sets, table_data, table_generate, table_masks, table_pup
 from scaling import table_memory, table_scaling  # noqa: E402
 from steps import Step, adamw, changed, peak_memory, replaced, update  # noqa: E402
 from timing import Products, ceiling, flops, measure, median, ratio, show, wait  # noqa: E402
-from torch.utils.data import DataLoader  # noqa: E402
 
 import data  # noqa: E402
 import losses  # noqa: E402
 import model as ours  # noqa: E402
 import pretrain  # noqa: E402
-from batches import PoseBatches  # noqa: E402
+from batches import PoseBatches, training_loader  # noqa: E402
 from common import autocast, start_ranks  # noqa: E402
 from config import Key, read_config, run_stage  # noqa: E402
 
@@ -101,11 +100,9 @@ def together(cfg, step, steps=8):
         people, size = read_sets(cfg, folder), (cfg.height, cfg.width)
         dataset = data.PretrainPictures(people, size, cfg.seed, cfg.box_padding, cfg.augmentation)
         batches = PoseBatches(dataset, cfg.batch, cfg.pictures_per_pose, [], cfg.seed)
-        pin = step.device.type == "cuda"
 
         def loader():
-            sampler = batches.run(0, steps + 1)
-            return DataLoader(dataset, batch_sampler=sampler, num_workers=cfg.workers, pin_memory=pin)
+            return training_loader(dataset, batches.run(0, steps + 1), cfg.workers, step.device)
 
         def run(consume, source):
             source = iter(source)

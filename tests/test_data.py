@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 
 import data
 import masks as masking
-from batches import PoseBatches
+from batches import PoseBatches, training_loader
 from coco import read_people
 from config import UserError
 from data import PretrainPictures
@@ -314,6 +315,20 @@ def test_ranks_share_out_each_batch(tmp_path):
         PoseBatches(dataset, 16, 4, [], 0, 0, 3)
     with pytest.raises(UserError, match="larger than"):
         PoseBatches(dataset, 400, 4, [], 0)
+
+
+class Priority(torch.utils.data.Dataset):
+    def __getitem__(self, _):
+        return os.sched_getscheduler(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="Linux only")
+@pytest.mark.parametrize("device, policy", [("cpu", "SCHED_IDLE"), ("cuda", "SCHED_OTHER")])
+def test_loaders_take_only_the_time_that_a_step_on_the_cpu_leaves(device, policy):
+    loader = training_loader(Priority(), [[0, 1]], 1, torch.device(device))
+    loader.pin_memory = False  # no GPU is needed to ask
+    assert [v.tolist() for v in loader] == [[getattr(os, policy)] * 2]
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER  # this process keeps its own
 
 
 # ------------------------------------------------------------------------------------------------------------ masks
