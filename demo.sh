@@ -17,7 +17,7 @@ run pretrain.py --cfg configs/pretrain_demo.yaml
 # Stage 3: each task twice, same schedule, same seed. People under several cameras for the last three.
 encoder=runs/demo/pretrain/encoder.safetensors
 for task in pose reid par t2i; do
-  [ "$task" = reid ] && run generate.py --cfg configs/generate_people_demo.yaml
+  if [ "$task" = reid ]; then run generate.py --cfg configs/generate_people_demo.yaml; fi
   run "finetune_$task.py" --cfg "configs/finetune_${task}_demo.yaml" "out=runs/demo/${task}_scratch"
   run "finetune_$task.py" --cfg "configs/finetune_${task}_demo.yaml" "out=runs/demo/${task}_pretrained" "encoder=$encoder"
 done
