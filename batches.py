@@ -19,17 +19,19 @@ from config import UserError
 def training_loader(dataset, batches, workers, device, **more):
     """DataLoader over a WholeRun's batches; memory is pinned for CUDA.
 
-    If the model trains on the CPU too, Linux runs the loaders only in the time that the step leaves: its threads wait
-    for one another, so a loader that takes the place of one of them stops them all.
+    If the model trains on the CPU too, the loaders give way to the step on Linux: its threads wait for one another, so
+    a loader that takes the place of one of them stops them all.
     """
-    begin = give_way if device.type == "cpu" and hasattr(os, "SCHED_IDLE") else None
+    begin = give_way if device.type == "cpu" and hasattr(os, "SCHED_BATCH") else None
     pin = device.type == "cuda"
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=begin, **more)
 
 
 def give_way(worker):
+    """The smallest share of a busy core, and never in the place of a thread that is running."""
+    os.nice(19)
     with contextlib.suppress(OSError):  # refused in some sandboxes; only time is lost
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 class WholeRun(Sampler):
