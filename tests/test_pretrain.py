@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -271,6 +272,23 @@ def test_full_disk_keeps_the_last_checkpoint(sets, tmp_path):
         process.kill()
         process.wait()
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_under_the_weights_leaves_nothing_half_written(tmp_path, monkeypatch):
+    """safetensors' bytes are written by us: a write that stops half-way (/dev/full says ENOSPC) is one clear line."""
+
+    def half(part, data):
+        part.touch()
+        with open("/dev/full", "wb", buffering=0) as full:
+            full.write(data)
+
+    save_encoder(tmp_path / "encoder.safetensors", torch.nn.Linear(2, 2), size="tiny")
+    before = (tmp_path / "encoder.safetensors").read_bytes()
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(UserError, match="disk full while writing .*encoder.safetensors"):
+        save_encoder(tmp_path / "encoder.safetensors", torch.nn.Linear(2, 2), size="tiny")
+    assert [path.name for path in tmp_path.iterdir()] == ["encoder.safetensors"]
+    assert (tmp_path / "encoder.safetensors").read_bytes() == before
 
 
 def test_weights_can_be_read_by_whom_the_folder_lets(tmp_path):
