@@ -19,7 +19,7 @@ from scipy.io import loadmat
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from common import seed_all
+from common import SAMPLE, seed_all
 from config import UserError
 from data import as_bytes, load_picture, refuse_bad_pictures
 
@@ -211,7 +211,7 @@ class AttributePictures(Dataset):
         picture = load_picture("", self.split.files[index]).resize(self.size[::-1], Image.Resampling.BILINEAR)
         pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
         if self.augment:
-            seed_all(self.seed, *item)
+            seed_all(SAMPLE, self.seed, *item)
             pixels = self.augment(pixels)
         return {"image": pixels.contiguous(), "label": torch.from_numpy(self.split.labels[index]), "index": index}
 

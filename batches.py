@@ -12,7 +12,7 @@ import os
 import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
-from common import rank_rows
+from common import ORDER, rank_rows, rng_of
 from config import UserError
 
 
@@ -130,7 +130,7 @@ class PoseBatches(WholeRun):
         for f, ((pose, index), singles) in enumerate(zip(self.groups, self.singles)):
             pool, round_ = np.empty((0, self.P), np.int64), 0
             while len(pool) < self.counts[f]:
-                rng = np.random.default_rng([self.seed, epoch, f, round_])
+                rng = rng_of(ORDER, self.seed, epoch, f, round_)
                 order = np.lexsort((rng.random(len(index)), pose))  # shuffled within each pose
                 starts = np.flatnonzero(np.diff(pose, prepend=-1))
                 grouped = index[order][starts[:, None] + np.arange(self.P)] if len(starts) else pool[:0]
@@ -139,7 +139,7 @@ class PoseBatches(WholeRun):
                 round_ += 1
             n = int(self.counts[f])
             parts.append(pool[:n])
-            places.append((np.arange(n) + np.random.default_rng([self.seed, epoch, f]).random()) / max(1, n))
+            places.append((np.arange(n) + rng_of(ORDER, self.seed, epoch, f).random()) / max(1, n))
         return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
 
     def epoch_batches(self, epoch):
@@ -166,7 +166,7 @@ class EpochBatches(WholeRun):
         self.steps_per_epoch = n // batch
 
     def epoch_batches(self, epoch):
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.n)
+        order = rng_of(ORDER, self.seed, epoch).permutation(self.n)
         return order[: self.steps_per_epoch * self.batch].reshape(self.steps_per_epoch, self.batch, 1)
 
 
@@ -199,7 +199,7 @@ class PersonBatches(WholeRun):
 
     def epoch_batches(self, epoch):
         """(S, P, K, 2): index and copy of each picture."""
-        rng, S = np.random.default_rng([self.seed, epoch]), self.steps_per_epoch
+        rng, S = rng_of(ORDER, self.seed, epoch), self.steps_per_epoch
         slots = np.empty((S * self.P, self.K, 2), np.int64)
         t = 0
         for person in rng.permutation(len(self.members)):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
-from common import seed_all
+from common import SAMPLE, seed_all
 from config import UserError
 from data import as_bytes, load_picture, read_json, refuse_bad_pictures
 from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
@@ -164,7 +164,7 @@ class Pairs(Dataset):
 
     def __getitem__(self, item):
         epoch, index = item
-        seed_all(self.seed, epoch, index)
+        seed_all(SAMPLE, self.seed, epoch, index)
         row = int(self.split.picture[index])
         picture = picture_of(self.split.files[row], self.size, torch.rand(()) < self.flip)
         return picture, self.tokens[index], int(self.split.ids[row]), index

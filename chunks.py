@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import Dataset
 
-from common import seed_of
+from common import PICTURE, seed_of
 from config import UserError
 
 
@@ -68,7 +68,7 @@ def read_records(cfg, count):
 
 def picture_seed(seed, unit, k, attempt=0):
     """Noise seed of picture k of a unit: a function of (seed, unit, k); a refused picture moves on to the next."""
-    return seed_of(seed, unit, k, *([attempt] if attempt else []))
+    return seed_of(PICTURE, seed, unit, k, attempt)
 
 
 def person_row(cfg, pose, k, keypoints, box, area, caption, seed):

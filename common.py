@@ -87,16 +87,28 @@ def gather_rows(rows, world):
 # ------------------------------------------------------------------------------------------------ seeds and schedule
 
 
-def seed_of(*key):
-    """A 63-bit seed from whole numbers below 2³², e.g. (seed, epoch, index). Equal keys, equal seeds.
+# What random numbers are for. Every key begins with one of these, so that no two purposes share their numbers.
+WEIGHTS, ORDER, SAMPLE, STEP, MASK, DROP_PATH, NEGATIVE = range(1, 8)
+PROMPT, PICTURE, WORDING, BAD_BOX, POSE, PERSON, SCENE, CAMERA = range(11, 19)  # generate.py
 
-    Other keys give unrelated seeds, but for zeros at the end, which do not count.
+
+def seed_of(purpose, *key):
+    """A 63-bit seed from a purpose and whole numbers below 2⁶⁴, e.g. (SAMPLE, seed, epoch, index).
+
+    Equal keys, equal seeds; different keys give unrelated seeds.
     """
-    return int(np.random.SeedSequence([int(k) & 0xFFFFFFFF for k in key]).generate_state(1, np.uint64)[0] >> 1)
+    words = [word for k in (purpose, *map(int, key)) for word in (k & 0xFFFFFFFF, k >> 32 & 0xFFFFFFFF)]
+    # SeedSequence takes [a] and [a, 0] for the same: the 1 at the end keeps them apart.
+    return int(np.random.SeedSequence([*words, 1]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def rng_of(*key):
+    """NumPy's generator for a key of seed_of."""
+    return np.random.default_rng(seed_of(*key))
 
 
 def seed_all(*key):
-    """Seed Python's `random`, NumPy and torch (on the CPU) from whole numbers such as (seed, epoch, index).
+    """Seed Python's `random`, NumPy and torch (on the CPU) from a key of seed_of.
 
     What is random on a GPU takes a generator of its own. torch.manual_seed would also prepare seeds for every kind of
     device, which in a loader's worker took as long as decoding a picture.

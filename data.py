@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from common import seed_all
+from common import SAMPLE, seed_all
 from config import UserError
 from masks import part_guided_mask  # noqa: F401  data.part_guided_mask is its public name
 
@@ -219,7 +219,7 @@ class PretrainPictures(Dataset):
 
     def __getitem__(self, item):
         epoch, index = item
-        seed_all(self.seed, epoch, index)
+        seed_all(SAMPLE, self.seed, epoch, index)
         f, row = self.where(index)
         people = self.people[f]
         picture = load_picture(people.folder, people.files[row], people.size[row])

@@ -29,6 +29,7 @@ import sheets
 from attributes import THRESHOLD, AttributePictures, Split, attribute_metrics, read_attributes, weighted_bce
 from batches import EpochBatches, training_loader
 from common import (
+    WEIGHTS,
     Figures,
     Log,
     autocast,
@@ -109,7 +110,7 @@ def main():
     if cfg.predict:
         return predict(cfg, rank, world, device)
     names, splits, report = read_attributes(cfg)
-    seed_all(cfg.seed)  # initial weights
+    seed_all(WEIGHTS, cfg.seed)  # initial weights
     model, meta, sentence = build_model(cfg, names)
     total, step = 0, 0
     if not cfg.eval_only:

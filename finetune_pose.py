@@ -26,6 +26,8 @@ import pose_data
 import sheets
 from batches import EpochBatches, training_loader
 from common import (
+    DROP_PATH,
+    WEIGHTS,
     Figures,
     Log,
     autocast,
@@ -128,7 +130,7 @@ def main():
             f"joint sets differ: {cfg.weights or cfg.train_annotations} has {len(joints)} ({', '.join(joints[:3])} …), "
             f"{cfg.val_annotations} {len(val.people.joints)} ({', '.join(val.people.joints[:3])} …)"
         )
-    seed_all(cfg.seed)  # initial weights
+    seed_all(WEIGHTS, cfg.seed)  # initial weights
     model, meta, report = build_model(cfg, len(joints))
     model.to(device)
     if cfg.compile:
@@ -205,7 +207,7 @@ def train(cfg, model, meta, optimizer, dataset, batches, val, first, total, log,
         set_learning_rate(optimizer, lr)
         images = normalize(sample["image"].to(device, non_blocking=True))
         keypoints = sample["keypoints"].to(device, non_blocking=True)
-        noise = rank_noise((cfg.seed, step), cfg.batch, 2 * model.encoder.depth, rank, world, device)
+        noise = rank_noise((DROP_PATH, cfg.seed, step), cfg.batch, 2 * model.encoder.depth, rank, world, device)
         with autocast(device, cfg.precision):
             heat = runner(images, noise.T)
         target, weight = pose.heat_maps(keypoints, dataset.size, map_size, cfg.sigma)

@@ -27,6 +27,8 @@ import reid
 import sheets
 from batches import PersonBatches, training_loader
 from common import (
+    DROP_PATH,
+    WEIGHTS,
     Figures,
     Log,
     autocast,
@@ -123,7 +125,7 @@ def main():
         batches = PersonBatches(train_set.ids, cfg.people, cfg.pictures_per_person, cfg.seed, rank, world)
         total = cfg.epochs * batches.steps_per_epoch
         about += f"; {batches.about}; {total} steps of {batches.size}"
-    seed_all(cfg.seed)  # initial weights
+    seed_all(WEIGHTS, cfg.seed)  # initial weights
     model, meta, sentence = build_model(cfg, train_set and len(batches.members))
     if open_run(cfg, KEYS, rank) == "finished":
         return
@@ -208,7 +210,7 @@ def train(cfg, model, meta, optimizer, dataset, batches, test, first, total, log
         set_learning_rate(optimizer, lr)
         images = normalize(sample["image"].to(device, non_blocking=True))
         label = sample["label"].to(device, non_blocking=True)
-        noise = rank_noise((cfg.seed, step), batches.size, 2 * model.encoder.depth, rank, world, device)
+        noise = rank_noise((DROP_PATH, cfg.seed, step), batches.size, 2 * model.encoder.depth, rank, world, device)
         with autocast(device, cfg.precision):
             feature, logits = runner(images, noise.T if cfg.drop_path else None)
         identity = F.cross_entropy(logits.float(), label)

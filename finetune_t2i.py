@@ -37,6 +37,8 @@ from captions import (
     retrieval_metrics,
 )
 from common import (
+    NEGATIVE,
+    WEIGHTS,
     Figures,
     Log,
     autocast,
@@ -126,7 +128,7 @@ def main():
     if not cfg.eval_only:
         batches = EpochBatches(len(splits["train"].texts), cfg.batch, cfg.seed, rank, world)
         total = cfg.epochs * batches.steps_per_epoch
-    seed_all(cfg.seed)  # initial weights
+    seed_all(WEIGHTS, cfg.seed)  # initial weights
     model, text, meta, sentence = build_model(cfg, splits["train"], device)
     if open_run(cfg, KEYS, rank) == "finished":
         return
@@ -241,7 +243,7 @@ def train(cfg, model, text, optimizer, split, batches, first, total, log, rank, 
         images = normalize(images.to(device, non_blocking=True))
         tokens, person = tokens.to(device, non_blocking=True), person.to(device, non_blocking=True)
         # which negative is taken: (2, B, M)
-        noise = rank_noise((cfg.seed, step), cfg.batch, 2 * cfg.batch, rank, world, device)
+        noise = rank_noise((NEGATIVE, cfg.seed, step), cfg.batch, 2 * cfg.batch, rank, world, device)
         noise = noise.unflatten(1, (2, cfg.batch)).transpose(0, 1)
         vectors = text.vectors(tokens, lengths)
         with autocast(device, cfg.precision):

@@ -39,7 +39,7 @@ import pictures
 import puppet
 from chunks import Chunks, encoded, person_row, picture_seed, put, read_records, record_path, recorded
 from coco import read_people
-from common import Log, open_run, seed_of, start_ranks, write_atomic
+from common import PROMPT, WORDING, Log, open_run, rng_of, start_ranks, write_atomic
 from config import Key, UserError, read_config, run_stage
 from data import COCO_CATEGORY, COCO_JOINTS, to_coco17
 from diffusion import ADAPTERS, DRAW, MODELS, Auditor, Scene, load_painter, paint_chunk, painted_size
@@ -162,7 +162,7 @@ def read_prompts(cfg, image_ids):
         raise UserError(f"{lack}; give prompt_template= or prompt_file= for them")
     prompts = {}
     for i in image_ids:
-        rng = np.random.default_rng(seed_of(cfg.seed, i))
+        rng = rng_of(PROMPT, cfg.seed, i)
         # paper silent on which of COCO's five captions: one at random, the same for all K pictures
         texts = [text for _, text in sorted(captions.get(i, []))] or lines or [cfg.prompt_template]
         text = texts[rng.integers(len(texts))]
@@ -196,7 +196,7 @@ def draw_chunk(cfg, people, units):
             rows.append((None, {"pose_id": pose, "skipped": "outside the picture"}))
             continue
         for k, (person, seed) in enumerate(zip(identities.people, seeds)):
-            caption, box = puppet.sentence(person, np.random.default_rng(seed)), made["boxes"][k].tolist()
+            caption, box = puppet.sentence(person, rng_of(WORDING, seed)), made["boxes"][k].tolist()
             row = person_row(cfg, pose, k, made["keypoints"][k], box, box[2] * box[3], caption, seed)
             row["attributes"] = puppet.attributes(person)
             row["joints3d"] = [[round(v, 4) for v in xyz] for xyz in made["joints3d"][k].tolist()]  # camera frame, m

@@ -26,7 +26,7 @@ from PIL import Image
 import pictures
 import puppet
 from chunks import read_records
-from common import seed_of, write_atomic
+from common import BAD_BOX, PICTURE, WORDING, rng_of, seed_of, write_atomic
 from config import UserError
 
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
@@ -68,7 +68,7 @@ def draw_person(cfg, person):
     C, K, split = cfg.cameras, cfg.pictures_per_camera, split_of(cfg, person)
     who = puppet.sample_identities(cfg.seed, [person]).people[0]
     jobs = [(camera, k) for camera in range(1, C + 1) for k in range(K)]
-    seeds = [seed_of(cfg.seed, person, camera, k) for camera, k in jobs]
+    seeds = [seed_of(PICTURE, cfg.seed, person, camera, k) for camera, k in jobs]
     scenes = puppet.sample_scenes(cfg.seed, seeds, camera=[camera for camera, _ in jobs])
     poses, people = puppet.sample_poses(cfg.seed, seeds), puppet.Identities([who] * len(jobs))
     made = puppet.render(poses, people, scenes, (cfg.height, cfg.width))
@@ -81,7 +81,7 @@ def draw_person(cfg, person):
         rows.append((picture, row))
         if folder == "query":
             for number, (bad, (low, high)) in enumerate(BAD_BOXES.items(), 2):
-                crop = badly_boxed(picture, made["boxes"][i], low, high, np.random.default_rng([seed, number]))
+                crop = badly_boxed(picture, made["boxes"][i], low, high, rng_of(BAD_BOX, seed, number))
                 name = picture_name(cfg, "bounding_box_test", bad, camera, frame, number)
                 rows.append((crop, dict(file_name=name, person=bad, camera=camera, split="test")))
     return rows
@@ -95,7 +95,7 @@ def picture_name(cfg, folder, person, camera, frame, box=0):
 
 def sentences(who, seed):
     """Different true sentences about a person."""
-    rng, texts = np.random.default_rng(seed), []
+    rng, texts = rng_of(WORDING, seed), []
     while len(texts) < SENTENCES:
         text = puppet.sentence(who, rng)
         texts += [text] if text not in texts else []

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 import pose
 from coco import People, read_people
+from common import SAMPLE, rng_of
 from config import UserError
 from data import UNREADABLE, as_bytes, find_bad_pictures, flip_ids, load_picture, picture_names, read_json
 
@@ -272,7 +273,7 @@ class PosePictures(Dataset):
     def augment(self, seed_key, keypoints):
         """→ (centre, extent, degrees, mirror) of the region to cut out."""
         cfg, index = self.cfg, seed_key[1]
-        rng = np.random.default_rng([cfg.seed, *seed_key])
+        rng = rng_of(SAMPLE, cfg.seed, *seed_key)
         centre, extent, degrees = self.centre[index], self.extent[index], 0.0
         mirror = rng.random() < cfg.flip
         if rng.random() < cfg.half_body:

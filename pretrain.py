@@ -20,6 +20,9 @@ import sheets
 from batches import PoseBatches, training_loader
 from coco import read_people
 from common import (
+    MASK,
+    STEP,
+    WEIGHTS,
     Figures,
     Log,
     autocast,
@@ -107,7 +110,7 @@ def main():
     check(cfg)
 
     dataset, batches, report = build_data(cfg, rank, world)
-    seed_all(cfg.seed)  # initial weights
+    seed_all(WEIGHTS, cfg.seed)  # initial weights
     model = build_model(cfg)
     total = cfg.epochs * batches.steps_per_epoch
     if open_run(cfg, KEYS, rank) == "finished":
@@ -210,7 +213,7 @@ def draw_masks(cfg, keypoints, grid, step, rank, world):
         return [None] * cfg.views
     n = noise_size(grid) if cfg.mask == "part" else grid[0] * grid[1]
     views, batch, device = range(cfg.views), len(keypoints) * world, keypoints.device
-    noise = torch.cat([rank_noise((cfg.seed, step, view), batch, n, rank, world, device) for view in views])
+    noise = torch.cat([rank_noise((MASK, cfg.seed, step, view), batch, n, rank, world, device) for view in views])
     if cfg.mask == "part":  # all views in one call: for small batches the calls cost more than the work
         keypoints = keypoints.repeat(cfg.views, 1, 1)
         masks = part_guided_mask(keypoints, grid, cfg.mask_ratio, cfg.patch, noise=noise)
@@ -228,7 +231,7 @@ def train(cfg, model, optimizer, dataset, batches, first, total, log, rank, worl
     grid, peak, figures = model.encoder.grid, cfg.blr * cfg.batch / 256, None
     warmup = round(cfg.warmup_epochs * batches.steps_per_epoch)
     for step, sample in enumerate(loader, first):
-        seed_all(cfg.seed, step)
+        seed_all(STEP, cfg.seed, step)
         lr = learning_rate(step, total, warmup, peak)
         set_learning_rate(optimizer, lr)
         images = normalize(sample["image"].to(device, non_blocking=True))

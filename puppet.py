@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common import PERSON, rng_of
 from puppet_body import LIMITS, PARTS, J, Poses, choose, project, sample_poses, take
 from puppet_draw import Canvas
 from puppet_lift import LSP_JOINTS, lsp_to_coco, poses_from_keypoints
@@ -74,7 +75,7 @@ def colour_of(rng, name, table=COLOURS):
 
 def sample_identities(seed, keys):
     """keys (B, …) whole numbers, e.g. (p, k) → Identities; person i depends on (seed, keys[i]) only."""
-    return Identities([sample_person(np.random.default_rng([seed, *map(int, np.atleast_1d(key)), 2])) for key in keys])
+    return Identities([sample_person(rng_of(PERSON, seed, *np.atleast_1d(key))) for key in keys])
 
 
 def sample_person(rng):

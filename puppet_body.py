@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common import POSE, rng_of
+
 NOSE, L_EYE, R_EYE, L_EAR, R_EAR, L_SHO, R_SHO, L_ELB, R_ELB, L_WRI, R_WRI = range(11)
 L_HIP, R_HIP, L_KNE, R_KNE, L_ANK, R_ANK, NECK, HEAD, TOP, L_HAND, R_HAND, L_TOE, R_TOE, L_HEEL, R_HEEL = range(11, 26)
 J = 26
@@ -164,7 +166,7 @@ def sample_poses(seed, pose_ids):
     """Poses of the given ids; pose p depends on (seed, p) only. The camera (side, height, distance) belongs to it."""
     B, rows = len(pose_ids), []
     for p in pose_ids:
-        rng = np.random.default_rng([seed, int(p), 1])
+        rng = rng_of(POSE, seed, p)
         angles, pitch, roll = sample_angles(rng)
         # Camera: any side; from eye level to a surveillance camera's height; 3 to 12 m away; slightly askew.
         camera = rng.uniform(-180, 180), rng.triangular(-6, 4, 28), rng.uniform(3, 12), rng.normal(0, 2)

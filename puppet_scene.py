@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from common import CAMERA, SCENE, rng_of
 from puppet_body import L_ANK, L_HEEL, L_HIP, L_TOE, R_HEEL, R_HIP, R_TOE
 from puppet_draw import patch, texture_bank
 
@@ -26,8 +27,8 @@ def sample_scenes(seed, keys, camera=None):
     """
     out = []
     for i, key in enumerate(keys):
-        rng = np.random.default_rng([seed, *map(int, np.atleast_1d(key)), 3])
-        fixed = rng if camera is None else np.random.default_rng([seed, int(camera[i]), 4])
+        rng = rng_of(SCENE, seed, *np.atleast_1d(key))
+        fixed = rng if camera is None else rng_of(CAMERA, seed, camera[i])
         out.append(sample_scene(rng, fixed))
     return Scenes(out)
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import RandomErasing
 
-from common import seed_all
+from common import SAMPLE, seed_all
 from config import UserError
 from data import IMAGENET_MEAN, IMAGENET_STD, as_bytes, load_picture, picture_names, refuse_bad_pictures
 from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
@@ -141,7 +141,7 @@ class TrainPictures(Dataset):
 
     def __getitem__(self, item):
         epoch, index, copy = item
-        seed_all(self.seed, epoch, index, copy)
+        seed_all(SAMPLE, self.seed, epoch, index, copy)
         H, W = self.size
         pixels = resized(load_picture(self.data.folder, self.data.files[index]), self.size)
         if np.random.random() < 0.5:

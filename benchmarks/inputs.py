@@ -20,7 +20,7 @@ import data
 import diffusion
 import generate
 import masks
-from common import seed_all
+from common import WEIGHTS, seed_all
 from config import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,7 +233,7 @@ def table_generate(cfg, rank, world, device):
     argv = ["--cfg", str(ROOT / "configs/generate_coco_t2i.yaml")]
     mine = read_config(generate.KEYS, __doc__, argv)
     side = 512 if real else 64
-    seed_all(cfg.seed)
+    seed_all(WEIGHTS, cfg.seed)
     with tempfile.TemporaryDirectory() as folder:
         random_pipeline(Path(folder), real)
         mine.model, mine.adapter = f"{folder}/sd", f"{folder}/t2i"

@@ -12,7 +12,7 @@ from timing import PeakMemory
 import data
 import losses
 import pretrain
-from common import autocast, distributed, parameter_groups, seed_all
+from common import WEIGHTS, autocast, distributed, parameter_groups, seed_all
 
 
 def changed(cfg, **values):
@@ -24,7 +24,7 @@ class Step:
 
     def __init__(self, cfg, device, rank=0, world=1):
         self.cfg, self.device, self.rank, self.world = cfg, device, rank, world
-        seed_all(cfg.seed)
+        seed_all(WEIGHTS, cfg.seed)
         self.model = pretrain.build_model(cfg)
         if device.type != "cpu":
             self.model.to(device)

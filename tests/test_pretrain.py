@@ -1,6 +1,7 @@
 """pretrain.py from its command line: ranks, kill and resume, bad input, settings, overfitting."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -335,11 +336,11 @@ def test_comparison_methods_are_settings(sets, tmp_path, name):
 
 def test_overfits_one_batch(tmp_path):
     path = write_set(tmp_path / "set", n_poses=4)
-    more = ["epochs=50", "blr=2e-2", "warmup_epochs=10", "gamma_mp=1", "save_every=100"]
+    more = ["epochs=80", "blr=2e-2", "warmup_epochs=10", "gamma_mp=1", "save_every=100"]
     done = run_script("pretrain.py", *arguments([path], tmp_path / "run", *more))
     assert done.returncode == 0, done.stderr
     first, last = rows(tmp_path / "run")[0], rows(tmp_path / "run")[-1]
-    assert last["rec"] < 0.6 * first["rec"] and last["mp"] < first["mp"] - 0.5
+    assert last["rec"] < 0.6 * first["rec"] and last["mp"] < math.log(5) + 0.05  # 3 pictures × 2 views: 5 positives
     assert last["positive_cosine"] > last["negative_cosine"] + 0.3
 
 

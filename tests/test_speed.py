@@ -20,7 +20,7 @@ import data
 import losses
 import model
 from batches import PoseBatches
-from common import seed_all
+from common import SAMPLE, seed_all
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -57,7 +57,7 @@ def test_resize_equals_pillow_up_to_rounding(tmp_path):
     dataset = data.PretrainPictures([people], (96, 48), seed=3)
     for index in range(12):
         item = dataset[(1, index)]
-        seed_all(3, 1, index)
+        seed_all(SAMPLE, 3, 1, index)
         x, y, w, h = data.padded_box(people.boxes[index], 1.25, people.size[index])
         left, top, cw, ch = data.random_crop(w, h)
         plain = data.load_picture(people.folder, people.files[index])
