@@ -67,18 +67,21 @@ class WholeRun(Sampler):
 class PoseBatches(WholeRun):
     """Batch sampler: step → this rank's (epoch, index) pairs; a global batch is `slots` slots of P pictures each.
 
-    A slot holds P pictures of one pose, sampled without replacement, or P pictures without pose group. Ranks take whole
-    slots. With P = 1 poses are not grouped: every picture is a slot. An epoch draws round(share · slots) slots from
-    each file (a fresh permutation, repeated if the file is smaller), spread evenly; no shares = every slot once.
-    The order is a function of (seed, epoch); the last incomplete batch of an epoch is dropped.
+    A slot holds P pictures of one pose, sampled without replacement, or P pictures without pose group. A
+    pose with n pictures fills n // P slots of an epoch; poses with fewer than P are left out. With P = 1
+    poses are not grouped: every picture is a slot. Ranks take whole slots.
+    An epoch takes every slot once, or of each file its share: round(share · slots), spread evenly. A file
+    with fewer slots than its share goes round again in the same order, so that no picture meets itself in
+    a batch. The order is a function of (seed, epoch); the last incomplete batch of an epoch is dropped.
 
-    posed: whether an epoch draws any picture with a pose group (with gamma_mp, it must).
+    short: pictures left out because their pose has fewer than P. posed: whether an epoch draws any picture
+    with a pose group (with gamma_mp, it must).
 
-    Raises UserError for a pose with fewer than P pictures, a share of a file that fills no slot, and when an epoch
-    holds no full batch.
+    Raises UserError where no pose of a file has P pictures, for a share that fills no slot or would put a
+    picture twice into a batch, and when an epoch holds no full batch.
     """
 
-    def __init__(self, dataset, batch, pictures_per_pose, shares, seed, rank=0, world=1, dropped=()):
+    def __init__(self, dataset, batch, pictures_per_pose, shares, seed, rank=0, world=1):
         self.seed, self.rank, self.world, self.P = seed, rank, world, pictures_per_pose
         self.slots = batch // pictures_per_pose
         if batch % (pictures_per_pose * world):
@@ -86,24 +89,25 @@ class PoseBatches(WholeRun):
                 f"batch={batch} does not split into poses of pictures_per_pose={pictures_per_pose} on {world} rank(s); "
                 f"make it a multiple of {pictures_per_pose * world}"
             )
-        self.groups, self.singles = [], []
-        for f, people in enumerate(dataset.people):
+        self.groups, self.singles, self.short = [], [], 0
+        for people, start in zip(dataset.people, dataset.starts):
             grouped = people.pose_id >= 0 if self.P > 1 else np.zeros(len(people.files), bool)
-            self.groups.append(self._whole_groups(people, np.flatnonzero(grouped), dataset.starts[f], f in dropped))
-            self.singles.append(np.flatnonzero(~grouped) + dataset.starts[f])
-        offered = np.array([len(np.unique(g[0])) + len(s) // self.P for g, s in zip(self.groups, self.singles)])
+            self.groups.append(self._whole_groups(people, np.flatnonzero(grouped), start))
+            self.singles.append(np.flatnonzero(~grouped) + start)
+            self.short += int(grouped.sum()) - len(self.groups[-1][1])
+        offered = np.array([len(self.file_slots(0, f)) for f in range(len(self.groups))])
         counts, total = offered, int(offered.sum())
         if shares:
             if len(shares) != len(counts) or min(shares) < 0 or sum(shares) <= 0:
                 raise UserError(f"shares={shares} must be one number ≥ 0 per annotation file ({len(counts)})")
             ends = np.round(np.cumsum(shares) / np.sum(shares) * total).astype(int)
             counts = np.diff(ends, prepend=0)
-        empty = np.flatnonzero((counts > 0) & (offered == 0))
-        if len(empty):
-            f = empty[0]
+        at_most = np.minimum(np.ceil(counts * self.slots / max(total, 1)) + 1, self.slots)  # in a batch
+        for f in np.flatnonzero(np.minimum(counts, at_most) > offered):
             raise UserError(
                 f"shares={shares} asks for {counts[f]} slots of an epoch from {dataset.people[f].folder}, whose "
-                f"{len(dataset.people[f].files)} pictures fill no slot (pictures_per_pose={self.P}); set its share to 0"
+                f"{len(dataset.people[f].files)} pictures fill {offered[f]} (pictures_per_pose={self.P}): a picture "
+                "would stand twice in a batch; lower its share or the batch"
             )
         drawn = [np.append(g[1], s) for n, g, s in zip(counts, self.groups, self.singles) if n]
         self.posed = any((dataset.pose_id[indices] >= 0).any() for indices in drawn)
@@ -111,35 +115,36 @@ class PoseBatches(WholeRun):
         if self.steps_per_epoch == 0:
             raise UserError(f"batch={batch} is larger than the {total * self.P} pictures an epoch holds; lower it")
 
-    def _whole_groups(self, people, rows, start, had_bad):
+    def _whole_groups(self, people, rows, start):
         """(pose_id, index) arrays sorted by pose, only poses with ≥ P pictures."""
         rows = rows[np.argsort(people.pose_id[rows], kind="stable")]
         ids, counts = np.unique(people.pose_id[rows], return_counts=True)
-        short = ids[counts < self.P]
-        if len(short) and not had_bad:  # a pose made short by pictures that max_bad let go is left out instead
+        if len(ids) and counts.max() < self.P:
             raise UserError(
-                f"pose {short[0]} has {counts[ids == short[0]][0]} picture(s), pictures_per_pose={self.P} needs more "
-                f"({len(short)} such poses in {people.folder})"
+                f"no pose in {people.folder} has pictures_per_pose={self.P} pictures, the most have {counts.max()}; "
+                "lower pictures_per_pose"
             )
-        rows = rows[~np.isin(people.pose_id[rows], short)]
+        rows = rows[np.isin(people.pose_id[rows], ids[counts >= self.P])]
         return people.pose_id[rows], rows + start
+
+    def file_slots(self, epoch, f):
+        """All slots of a file in this epoch's order: (slots, P) picture indices."""
+        rng, (pose, index), singles = rng_of(ORDER, self.seed, epoch, f), self.groups[f], self.singles[f]
+        order = np.lexsort((rng.random(len(index)), pose))  # shuffled within each pose
+        _, starts, counts = np.unique(pose, return_index=True, return_counts=True)
+        place = np.arange(len(pose)) - np.repeat(starts, counts)  # of a picture in its pose
+        whole = place < np.repeat(counts // self.P * self.P, counts)
+        grouped = index[order][whole].reshape(-1, self.P)
+        loose = rng.permutation(singles)[: len(singles) // self.P * self.P].reshape(-1, self.P)
+        return rng.permutation(np.concatenate([grouped, loose]))
 
     def epoch_slots(self, epoch):
         """(slots, P) picture indices of one epoch: a pure function of (seed, epoch)."""
         parts, places = [], []
-        for f, ((pose, index), singles) in enumerate(zip(self.groups, self.singles)):
-            pool, round_ = np.empty((0, self.P), np.int64), 0
-            while len(pool) < self.counts[f]:
-                rng = rng_of(ORDER, self.seed, epoch, f, round_)
-                order = np.lexsort((rng.random(len(index)), pose))  # shuffled within each pose
-                starts = np.flatnonzero(np.diff(pose, prepend=-1))
-                grouped = index[order][starts[:, None] + np.arange(self.P)] if len(starts) else pool[:0]
-                loose = rng.permutation(singles)[: len(singles) // self.P * self.P].reshape(-1, self.P)
-                pool = np.concatenate([pool, rng.permutation(np.concatenate([grouped, loose]))])
-                round_ += 1
-            n = int(self.counts[f])
-            parts.append(pool[:n])
-            places.append((np.arange(n) + rng_of(ORDER, self.seed, epoch, f).random()) / max(1, n))
+        for f, n in enumerate(self.counts.tolist()):
+            slots = self.file_slots(epoch, f)
+            parts.append(slots[np.arange(n) % max(1, len(slots))])
+            places.append((np.arange(n) + rng_of(ORDER, self.seed, epoch, f, 1).random()) / max(1, n))
         return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
 
     def epoch_batches(self, epoch):

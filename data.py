@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from common import SAMPLE, seed_all
+from common import FLIP, SAMPLE, rng_of, seed_all
 from config import UserError
 from masks import part_guided_mask  # noqa: F401  data.part_guided_mask is its public name
 
@@ -188,17 +188,23 @@ STRONG = v2.Compose(  # [StableRep]; the paper: stronger augmentation narrows th
 class PretrainPictures(Dataset):
     """Item (epoch, index) → picture uint8 (3, H, W), keypoints (17, 3) px of that picture, pose_id, index.
 
-    `people`: one People per annotation file; indices run through them in order; pose ids of different files differ.
-    Augmentation [HAP]: RandomResizedCrop scale (.8, 1), ratio w/h (.375, .667), bicubic; flip .5 with left and right
-    joints swapped. "strong" adds [StableRep]'s jitter, grey and blur.
+    `people`: one People per annotation file; indices run through them in order; pose ids of different
+    files differ. A person's region is the box × box_padding, with region="grow" in the input's shape.
+    Augmentation [HAP]: RandomResizedCrop with shares crop_min to 1 of the region's area, ratio w/h 3/4 to
+    4/3 of the input's, bicubic; flip .5. "strong" adds [StableRep]'s jitter, grey and blur.
+    flip "group": the pictures of a pose are mirrored together, drawn anew in each epoch, because a
+    mirrored pose is another pose; "picture": each by itself, as pictures without a pose group always are.
     """
 
-    def __init__(self, people, size, seed, box_padding=1.25, augmentation="hap"):
+    def __init__(
+        self, people, size, seed, box_padding=1.25, region="grow", crop_min=0.8, augmentation="hap", flip="group"
+    ):  # fmt: skip
         self.people, self.size, self.seed = people, size, seed
-        self.box_padding, self.strong = box_padding, augmentation == "strong"
+        self.box_padding, self.region, self.crop_min = box_padding, region, crop_min
+        self.strong, self.flip = augmentation == "strong", flip
         self.starts = np.cumsum([0] + [len(p.files) for p in people])
         self.keypoints = [to_coco17(p.keypoints, p.joints) for p in people]
-        self.flip = flip_ids(COCO_JOINTS)
+        self.mirror_ids = flip_ids(COCO_JOINTS)
         self.pose_id, offset = [], 0
         for p in people:  # file f's pose ids move behind those of the files before it
             self.pose_id.append(np.where(p.pose_id >= 0, p.pose_id + offset, -1))
@@ -221,44 +227,38 @@ class PretrainPictures(Dataset):
         epoch, index = item
         seed_all(SAMPLE, self.seed, epoch, index)
         f, row = self.where(index)
-        people = self.people[f]
+        people, pose_id = self.people[f], self.pose_id[index]
         picture = load_picture(people.folder, people.files[row], people.size[row])
         region = padded_box(people.boxes[row], self.box_padding, people.size[row])
-        return self.augment(picture, region, self.keypoints[f][row]) | {"pose_id": self.pose_id[index], "index": index}
+        if self.region == "grow":
+            region = grown_region(region, self.size, people.size[row])
+        mirrored = torch.rand(()) < 0.5
+        if self.flip == "group" and pose_id >= 0:
+            mirrored = rng_of(FLIP, self.seed, epoch, pose_id).random() < 0.5
+        sample = self.augment(picture, region, self.keypoints[f][row], mirrored)
+        return sample | {"pose_id": pose_id, "index": index}
 
-    def augment(self, picture, region, keypoints):
+    def augment(self, picture, region, keypoints, mirrored):
         (x, y, w, h), (H, W) = region, self.size
-        left, top, cw, ch = random_crop(w, h)
+        left, top, cw, ch = random_crop(w, h, self.crop_min, W / H)
         x, y = x + left, y + top
+        # Beyond the picture's edge a crop is black.
         pixels = torch.from_numpy(np.array(picture.crop((x, y, x + cw, y + ch)))).permute(2, 0, 1)
+        # deviates from HAP, whose bicubic resize does not smooth what it shrinks.
         # torch's uint8 resize equals Pillow's up to rounding (a grey level or two) and takes a third of its time.
         pixels = torch.nn.functional.interpolate(pixels[None], (H, W), mode="bicubic", antialias=True)[0]
         # Pixel centres are whole numbers, edges halves: (x + .5) scales, not x.
         xy = (keypoints[:, :2] + 0.5 - (x, y)) * (W / cw, H / ch) - 0.5
-        keypoints = np.concatenate([xy, keypoints[:, 2:]], 1).astype(np.float32)
-        if torch.rand(()) < 0.5:
+        inside = ((xy >= -0.5) & (xy < (W - 0.5, H - 0.5))).all(1)
+        # A joint that the crop cut off is missing, as in HAP: its part's patches would lie where no limb is.
+        keypoints = np.concatenate([xy, keypoints[:, 2:]], 1).astype(np.float32) * inside[:, None]
+        if mirrored:  # HAP leaves left and right ids as they are; its six parts come to the same
             pixels = pixels.flip(2)
-            keypoints = keypoints[self.flip]
-            keypoints[:, 0] = W - 1 - keypoints[:, 0]
+            keypoints = keypoints[self.mirror_ids]
+            keypoints[:, 0] = np.where(keypoints[:, 2] > 0, W - 1 - keypoints[:, 0], 0)
         if self.strong:
             pixels = STRONG(pixels)
         return {"image": pixels.contiguous(), "keypoints": torch.from_numpy(keypoints)}
-
-
-def random_crop(w, h, scale=(0.8, 1.0), ratio=(0.375, 0.667)):  # [HAP]
-    """RandomResizedCrop's rectangle (x, y, width, height) in a region of w × h px: uniform share `scale` of the area,
-    log-uniform `ratio` width/height, uniform place; after 10 misses the largest central one that keeps the ratio.
-    torchvision's own get_params draws the same with some twenty tensor operations, which cost as much as the resize.
-    """
-    for _ in range(10):
-        area, shape, across, down = torch.rand(4).tolist()
-        area = w * h * (scale[0] + area * (scale[1] - scale[0]))
-        shape = ratio[0] * (ratio[1] / ratio[0]) ** shape
-        cw, ch = round((area * shape) ** 0.5), round((area / shape) ** 0.5)
-        if 0 < cw <= w and 0 < ch <= h:
-            return int(across * (w - cw + 1)), int(down * (h - ch + 1)), cw, ch
-    cw, ch = max(1, min(w, round(h * ratio[1]))), max(1, min(h, round(w / ratio[0])))
-    return (w - cw) // 2, (h - ch) // 2, cw, ch
 
 
 def padded_box(box, padding, size):
@@ -267,3 +267,36 @@ def padded_box(box, padding, size):
     x, y, w, h = x - w * (padding - 1) / 2, y - h * (padding - 1) / 2, w * padding, h * padding
     x0, y0 = min(max(0, round(x)), int(size[0]) - 1), min(max(0, round(y)), int(size[1]) - 1)
     return x0, y0, max(1, min(int(size[0]), round(x + w)) - x0), max(1, min(int(size[1]), round(y + h)) - y0)
+
+
+def grown_region(region, input_size, picture_size):
+    """The smallest region (x, y, w, h) px of the input's shape (H, W) that holds `region`, around its centre.
+
+    Moved into the picture (w, h) where it fits; it hangs over the edge where the picture is too small.
+    """
+    (x, y, w, h), (H, W) = region, input_size
+    grown = max(w, round(h * W / H)), max(h, round(w * H / W))
+    corner = []
+    for start, old, new, side in zip((x, y), (w, h), grown, picture_size):
+        start -= (new - old) // 2
+        corner.append(min(max(0, start), int(side) - new) if new <= side else start)
+    return *corner, *grown
+
+
+def random_crop(w, h, crop_min, shape):
+    """RandomResizedCrop's rectangle (x, y, width, height) in a region of w × h px, for an input of w/h = shape.
+
+    Share of the area uniform in [crop_min, 1], ratio log-uniform in [3/4, 4/3] · shape [HAP], place uniform; after 10
+    misses the largest central one that keeps the ratio. torchvision's own get_params draws the same with some twenty
+    tensor operations, which cost as much as the resize.
+    """
+    low, high = shape * 3 / 4, shape * 4 / 3
+    for _ in range(10):
+        area, ratio, across, down = torch.rand(4).tolist()
+        area = w * h * (crop_min + area * (1 - crop_min))
+        ratio = low * (high / low) ** ratio
+        cw, ch = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        if 0 < cw <= w and 0 < ch <= h:
+            return int(across * (w - cw + 1)), int(down * (h - ch + 1)), cw, ch
+    cw, ch = max(1, min(w, round(h * high))), max(1, min(h, round(w / low)))
+    return (w - cw) // 2, (h - ch) // 2, cw, ch

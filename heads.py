@@ -54,6 +54,7 @@ class Projector(nn.Module):
     """From a token to the space of L_mp: "none", or "mlp": 768 → 4096 → 4096 → 256, norm and ReLU between [StableRep].
 
     The batch statistics are those of all rows given, pictures without a pose group included.
+    deviates from [StableRep]: there the k-th pictures of all prompts have statistics of their own.
     """
 
     def __init__(self, width, kind="none", hidden=4096, out=256):
@@ -64,7 +65,7 @@ class Projector(nn.Module):
         layers = []
         for i, (a, b) in enumerate(zip(sides, sides[1:])):
             last = i == len(sides) - 2
-            layers += [nn.Linear(a, b, bias=False)] + ([] if last else [GlobalBatchNorm(b), nn.ReLU(inplace=True)])
+            layers += [nn.Linear(a, b, bias=last)] + ([] if last else [GlobalBatchNorm(b), nn.ReLU(inplace=True)])
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x):

@@ -327,13 +327,14 @@ class GenPoCCL(nn.Module):
         images (B, 3, H, W) float, ImageNet-normalised. masks: one bool (B, N) per view, True = masked, exactly
         round(mask_ratio · N) per row; or [None] for one unmasked view. pose_id (B,) int64, −1 = no pose group.
         → dict: total, rec, align, mp (scalars, this rank's shares: see losses.py); cls, pose (v, B, D) final-norm
-          tokens (pose None without the token); z (v·B, d) and z_pose_id (v·B,), what L_mp saw (z None if not
-          computed); pred (v, B, n_masked, p·p·3) of the masked patches in grid order (None without decoder; call
-          the decoder for all patches); bad (B,) bool: picture with non-finite output.
+          tokens (pose None without the token); z (s, n, d) and z_pose_id (s, n), the s sets of embeddings that
+          meet in L_mp, s · n = v · B (None if not computed); pred (v, B, n_masked, p·p·3) of the masked patches
+          in grid order (None without decoder; call the decoder for all patches); bad (B,) bool: picture with
+          non-finite output.
         """
         v, B = len(masks), len(images)
         zero = torch.zeros((), device=images.device)
-        out = {"rec": zero, "align": zero, "mp": zero, "pred": None, "z": None, "z_pose_id": pose_id.repeat(v)}
+        out = {"rec": zero, "align": zero, "mp": zero, "pred": None, "z": None, "z_pose_id": None}
 
         # All views go through encoder and decoder as one batch: larger matrix products, the same numbers.
         visible = None
@@ -361,11 +362,10 @@ class GenPoCCL(nn.Module):
 
         # Eq.  L_mp = −1/|A| Σ_i Σ_j p_ij log q_ij  on [POSE]
         if self.gamma_mp > 0:
-            z = out["z"] = self.projector(special[:, :, self.token].flatten(0, 1))  # (v·B, d)
-            if self.views_are_positives:
-                out["mp"] = multi_positive_loss(z, out["z_pose_id"], self.tau_mp)
-            else:
-                out["mp"] = sum(multi_positive_loss(view, pose_id, self.tau_mp) for view in z.chunk(v)) / v
+            z = self.projector(special[:, :, self.token].flatten(0, 1))  # (v·B, d)
+            s = 1 if self.views_are_positives else v  # all views in one set, or each view by itself
+            out["z"], out["z_pose_id"] = z.unflatten(0, (s, -1)), pose_id.repeat(v).view(s, -1)
+            out["mp"] = sum(multi_positive_loss(z, id, self.tau_mp) for z, id in zip(out["z"], out["z_pose_id"])) / s
 
         # Eq.  L = L_rec + γ1·L_align + γ2·L_mp
         out["total"] = out["rec"] + self.gamma_align * out["align"] + self.gamma_mp * out["mp"]

@@ -14,6 +14,7 @@ Legend: B pictures on this rank · M all ranks · N patches · D width · K join
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import sheets
@@ -58,9 +59,16 @@ KEYS = dict(
     height=Key(256, "input height", "[HAP]", low=16),
     width=Key(128, "input width", "[HAP]", low=16),
     box_padding=Key(1.25, "person boxes grow by this before cropping, within the picture", low=1),
+    region=Key("grow", "grow: the padded box in the input's shape, black beyond the picture; box: as it is, "
+               "then a wide one loses its sides", "ours; [HAP] reads whole crops", ("grow", "box")),
+    crop_min=Key(0.8, "smallest share of the region in a random crop", "[HAP]; .2 [MAE], .08 [StableRep]",
+                 low=0.01, high=1),
+    flip=Key("group", "mirror images: group, drawn for a pose and an epoch; picture, for each picture", "[silent]",
+             ("group", "picture")),
     augmentation=Key("hap", "hap: crop and flip; strong: + jitter, grey, blur [StableRep]", "[HAP]", ("hap", "strong")),
-    pictures_per_pose=Key(5, "P: pictures of one pose in a batch; 1 = poses are not grouped", "[silent]", low=1),
-    batch=Key(4096, "pictures in a global batch", "[HAP]", low=1),
+    pictures_per_pose=Key(5, "P: pictures of one pose in a batch, with gamma_mp; 1 = poses are not grouped",
+                          "[silent]", low=1),
+    batch=Key(4080, "pictures in a global batch", "[HAP] 4096; whole groups of 5 on 8 ranks", low=1),
     # model
     size=Key("base", "encoder size", "[HAP]", tuple(SIZES)),
     patch=Key(16, "patch side in pixels", "[MAE]", low=1),
@@ -86,7 +94,7 @@ KEYS = dict(
     epochs=Key(400, "passes over the data", "[HAP]", low=1),
     warmup_epochs=Key(40.0, "linear warm-up", "[HAP]", low=0),
     blr=Key(1.5e-4, "base learning rate; lr = blr · batch / 256", "[HAP] [MAE]", low=0),
-    weight_decay=Key(0.05, "AdamW weight decay, not on 1-D parameters and tokens", "[HAP] [MAE]", low=0),
+    weight_decay=Key(0.05, "AdamW weight decay, not on 1-D parameters [MAE], nor (ours) tokens", "[HAP] [MAE]", low=0),
     beta2=Key(0.95, "AdamW β2 (β1 = .9)", "[HAP] [MAE]", low=0, high=0.99999),
     clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[HAP] [MAE]", low=0),
     accumulate=Key(1, "gradient accumulation; only 1: smaller batches have fewer negatives", low=1),
@@ -166,24 +174,28 @@ def check(cfg):
 
 def build_data(cfg, rank, world):
     """→ (dataset, batch sampler, a sentence about what was read)."""
-    people, dropped, bad, clipped = [], [], 0, 0
+    people, bad, clipped = [], 0, 0
     for f, path in enumerate(cfg.annotations):
         folder = cfg.images[f] if cfg.images else None
         file_people, notes = read_people(path, folder, max_bad=cfg.max_bad - bad)
         people.append(file_people)
         bad, clipped = bad + len(notes["bad"]), clipped + notes["clipped"]
-        dropped += [f] if notes["bad"] else []
-    dataset = PretrainPictures(people, (cfg.height, cfg.width), cfg.seed, cfg.box_padding, cfg.augmentation)
+    dataset = PretrainPictures(
+        people, (cfg.height, cfg.width), cfg.seed, cfg.box_padding, cfg.region, cfg.crop_min, cfg.augmentation, cfg.flip
+    )
     grouped = int((dataset.pose_id >= 0).sum())
     if cfg.gamma_mp and not grouped:
         raise UserError(
             f"a batch cannot hold one positive pair: no annotation of {', '.join(cfg.annotations)} has a pose_id; "
             "add a generated set or set gamma_mp=0"
         )
-    batches = PoseBatches(dataset, cfg.batch, cfg.pictures_per_pose, cfg.shares, cfg.seed, rank, world, dropped)
+    P = cfg.pictures_per_pose if cfg.gamma_mp else 1  # without L_mp nothing asks for whole poses
+    batches = PoseBatches(dataset, cfg.batch, P, cfg.shares, cfg.seed, rank, world)
     if cfg.gamma_mp and not batches.posed:
         raise UserError("no batch can hold a positive pair: shares= or max_bad= leave no pose group; set gamma_mp=0")
     report = f"{len(dataset)} people, {grouped} with a pose group, {bad} bad pictures left out, {clipped} boxes clipped"
+    report += f", {batches.short} left out because their pose has fewer than {P} pictures" if batches.short else ""
+    report += f"; an epoch shows {batches.steps_per_epoch * cfg.batch} pictures"
     return dataset, batches, report
 
 
@@ -248,7 +260,8 @@ def train(cfg, model, optimizer, dataset, batches, first, total, log, rank, worl
         settle(figures, log, dataset.name, cfg.batch, cfg.log_every, SHOWN)  # the step before this one
         values = {"loss": result["total"], **{k: result[k] for k in ("rec", "align", "mp")}, "grad_norm": norm}
         if result["z"] is not None:  # health of L_mp; also counts anchors without positives and pictures without pose
-            values |= contrastive_health(result["z"], result["z_pose_id"])
+            health = [contrastive_health(z, ids) for z, ids in zip(result["z"], result["z_pose_id"])]
+            values |= {name: sum(h[name] for h in health) / len(health) for name in health[0]}
         figures = Figures(step, lr, values, sample["index"], result["bad"])
         last = step + 1 == total
         if last or (step + 1) % cfg.save_every == 0:
@@ -270,23 +283,27 @@ def save(cfg, model, optimizer, step, rank):
 
 @torch.no_grad()
 def draw(cfg, model, dataset, device, rank):
-    """Pictures of the same first people at every call: reconstructions, [POSE] neighbours, attention. Rank 0 only."""
+    """Pictures of the same people at every call: reconstructions, nearest by the token of L_mp, attention. Rank 0."""
     if rank == 0:
         model.eval()
-        out, samples = Path(cfg.out), [dataset[(0, i)] for i in range(min(256, len(dataset)))]
+        out, share = Path(cfg.out), 256 // len(dataset.people)  # the first people of every file
+        rows = [row for f in range(len(dataset.people)) for row in range(*dataset.starts[f : f + 2])[:share]]
+        samples = [dataset[(0, row)] for row in rows]
         images = torch.stack([s["image"] for s in samples])
         keypoints = torch.stack([s["keypoints"] for s in samples])
         inputs = normalize(images.to(device))
+        few = np.linspace(0, len(rows) - 1, min(8, len(rows))).round().astype(int)
         if cfg.decoder:
-            mask = draw_masks(cfg, keypoints[:8].to(device), model.encoder.grid, 0, 0, 1)[0]
+            mask = draw_masks(cfg, keypoints[few].to(device), model.encoder.grid, 0, 0, 1)[0]
             visible = mask.to(torch.uint8).argsort(dim=1, stable=True)[:, : model.n_visible]
-            pred = model.decoder(model.encoder(inputs[:8], visible), visible)  # not model(): its losses ask all ranks
-            sheets.reconstruction_sheet(inputs[:8], mask, pred, cfg.patch, out / "reconstructions.png")
+            pred = model.decoder(model.encoder(inputs[few], visible), visible)  # not model(): its losses ask all ranks
+            sheets.reconstruction_sheet(inputs[few], mask, pred, cfg.patch, out / "reconstructions.png")
         special = torch.cat([model.encoder(part)[:, : model.encoder.n_special] for part in inputs.split(64)]).cpu()
-        name, pose_id = "[POSE]" if cfg.pose_token else "[CLS]", dataset.pose_id[: len(images)].tolist()
-        sheets.neighbour_sheet(images, special[:, -1], pose_id, out / "neighbours.png", name)
-        maps = model.encoder.attention_maps(inputs[:8]).cpu()
-        sheets.attention_sheet(images[:8], maps, out / "attention.png")
+        token = model.token if cfg.gamma_mp else model.encoder.n_special - 1  # that of L_mp, else the last
+        name, pose_id = ("[CLS]", "[POSE]")[token], dataset.pose_id[rows].tolist()
+        sheets.neighbour_sheet(images, special[:, token], pose_id, out / "neighbours.png", name)
+        maps = model.encoder.attention_maps(inputs[few]).cpu()
+        sheets.attention_sheet(images[few], maps, out / "attention.png")
         model.train()
     barrier()
 

@@ -36,18 +36,23 @@ from pictures import (
 
 
 def reconstruction_sheet(images, mask, pred, patch_size, path):
-    """Input, masked input, output (predicted patches in the holes of the input); two pictures a row.
+    """Input, masked input, prediction, output (predicted patches in the holes of the input); two pictures a row.
 
     images (B, 3, H, W) ImageNet-normalised; mask (B, N) bool, True = masked; pred (B, N, p·p·3) normalised pixels as
-    L_rec compares them: each patch is put back with the true patch's mean and variance, as MAE's own pictures do.
+    L_rec compares them. The prediction knows no patch's mean and contrast. "predicted" shows it with one mean and
+    contrast for the whole picture; "output" gives each patch those of the true one, as MAE's own pictures do, which
+    makes a model of few steps look good.
     """
     truth, grid = patchify(images.float(), patch_size), [side // patch_size for side in images.shape[2:]]
     _, mean, std = normalized(truth)
-    hidden = mask.unsqueeze(2).to(truth.device)
-    views = [truth, truth.masked_fill(hidden, 0.0), (pred.float() * std + mean).where(hidden, truth)]
+    hidden, pred = mask.unsqueeze(2).to(truth.device), pred.float()
+    plain = pred * std.mean((1, 2), keepdim=True) + mean.mean((1, 2), keepdim=True)
+    views = [truth, truth.masked_fill(hidden, 0.0), plain.masked_fill(~hidden, 0.0)]
+    views.append((pred * std + mean).where(hidden, truth))
     columns = [denormalize(unpatchify(view, grid, patch_size)) for view in views]
     rows = two_a_row([[column[i] for column in columns] for i in range(len(images))])
-    sheet(rows, path, None, ["input", "masked", "output"] * 2, "Masked reconstruction", (96, 192))
+    heads = ["input", "masked", "predicted", "with true mean and contrast"] * 2
+    sheet(rows, path, None, heads, "Masked reconstruction", (96, 192))
 
 
 def two_a_row(rows):
@@ -57,7 +62,7 @@ def two_a_row(rows):
 
 
 def neighbour_sheet(images, features, pose_id, path, name, queries=6, neighbours=8):
-    """Rows: a picture and its nearest others by cosine of `features`; a green frame marks the same pose.
+    """Rows: a picture and its nearest others by cosine of `features`; a green frame marks the same pose group.
 
     images (M, 3, H, W) uint8; features (M, D); pose_id (M,), −1 = no pose group; name of the token, for the title.
     """
@@ -70,7 +75,7 @@ def neighbour_sheet(images, features, pose_id, path, name, queries=6, neighbours
         same = [pose_id[q] >= 0 and pose_id[j] == pose_id[q] for j in near]
         rows.append([images[q]] + [framed(images[j], (40, 160, 60)) if s else images[j] for j, s in zip(near, same)])
     labels = ["query"] + [f"{i + 1}" for i in range(neighbours)]
-    sheet(rows, path, None, labels, f"Nearest pictures by {name}; green: same pose", (80, 160))
+    sheet(rows, path, None, labels, f"Nearest pictures by {name}; green: same group", (80, 160))
 
 
 def attention_sheet(images, maps, path):

@@ -49,7 +49,7 @@ def table_data(cfg, rank, world, device):
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         people, size = read_sets(cfg, folder), (cfg.height, cfg.width)
-        dataset = data.PretrainPictures(people, size, cfg.seed, cfg.box_padding, cfg.augmentation)
+        dataset = data.PretrainPictures(people, size, cfg.seed, cfg.box_padding)
         n = min(len(dataset), 256)
         paths = [dataset.name(i) for i in range(n)]
         crop = T.RandomResizedCrop(size, (0.8, 1), (0.375, 0.667), T.InterpolationMode.BICUBIC)

@@ -56,8 +56,8 @@ class Step:
     def __call__(self, sample=None):
         result = self.forward_backward(sample)
         update(self.model, self.optimizer)
-        if result["z"] is not None:
-            losses.contrastive_health(result["z"], result["z_pose_id"])
+        for z, ids in zip(result["z"], result["z_pose_id"]) if self.cfg.gamma_mp else ():
+            losses.contrastive_health(z, ids)
 
 
 def adamw(model, cfg):

@@ -98,7 +98,7 @@ def together(cfg, step, steps=8):
     """A fresh loader at each turn; its first batch is not timed, for it starts the workers."""
     with tempfile.TemporaryDirectory() as folder:
         people, size = read_sets(cfg, folder), (cfg.height, cfg.width)
-        dataset = data.PretrainPictures(people, size, cfg.seed, cfg.box_padding, cfg.augmentation)
+        dataset = data.PretrainPictures(people, size, cfg.seed, cfg.box_padding)
         batches = PoseBatches(dataset, cfg.batch, cfg.pictures_per_pose, [], cfg.seed)
 
         def loader():
@@ -152,8 +152,8 @@ def table_parts(cfg, rank, world, device):
             with autocast(device, cfg.precision):
                 result = model(images, masks, pose_id)
             result["total"].backward()
-        if result["z"] is not None:
-            losses.contrastive_health(result["z"], result["z_pose_id"])
+        for z, ids in zip(result["z"], result["z_pose_id"]) if cfg.gamma_mp else ():
+            losses.contrastive_health(z, ids)
 
     step.forward_backward()
     gradients = [(parameter, parameter.grad) for parameter in model.parameters() if parameter.grad is not None]

@@ -143,7 +143,7 @@ def test_finished_run_is_left_alone_and_another_config_refused(sets, plain):
         (["batch=13"], "multiple of 3"),
         (["batch=1200"], "larger than"),
         (["mask=blocks"], "one of part, random, none"),
-        (["pictures_per_pose=4", "batch=8"], "pose 0 has 3 picture"),
+        (["pictures_per_pose=4", "batch=8"], "the most have 3; lower pictures_per_pose"),
         (["pictures_per_pose=1", "views_are_positives=false"], "one positive pair"),
         (["accumulate=4"], "do not enlarge a contrastive batch"),
         (["gamma_align=0.1", "views=1"], "two views"),
@@ -332,6 +332,35 @@ def test_comparison_methods_are_settings(sets, tmp_path, name):
         "hap": (True, True, False),
         "stablerep": (False, False, True),
     }[name]
+
+
+def test_health_speaks_of_the_pairs_that_the_loss_sees(sets, tmp_path):
+    """Views that are no positives: a picture never meets its own other view, and counts are those of one view."""
+    command = arguments(sets, tmp_path / "run", "epochs=1", "views_are_positives=false")
+    done = run_script("pretrain.py", *command)
+    assert done.returncode == 0, done.stderr
+    log = rows(tmp_path / "run")
+    assert sum(row["without_pose"] for row in log) == 12
+
+
+def test_defaults_run_together_and_without_l_mp_poses_are_not_grouped(sets, tmp_path):
+    batch, group = pretrain.KEYS["batch"].default, pretrain.KEYS["pictures_per_pose"].default
+    assert all(batch % (group * ranks) == 0 for ranks in (1, 2, 4, 8))
+    command = arguments(sets, tmp_path / "run", "epochs=1", "gamma_mp=0", "batch=8", "pictures_per_pose=5")
+    done = run_script("pretrain.py", *command)  # 8 pictures do not split into groups of 5, and no pose has 5
+    assert done.returncode == 0, done.stderr
+    assert "an epoch shows 32 pictures" in done.stderr and len(rows(tmp_path / "run")) == 4
+
+
+def test_the_sheet_of_neighbours_ranks_by_the_token_of_l_mp(sets, tmp_path, monkeypatch):
+    named = []
+    monkeypatch.setattr(pretrain.sheets, "neighbour_sheet", lambda *args: named.append((args[1].shape, args[4])))
+    for more in ([], ["mp_token=cls"], ["gamma_mp=0", "pose_token=false"]):
+        out = tmp_path / str(len(named))
+        monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments(sets, out, "epochs=1"), *more])
+        pretrain.main()
+    assert [name for _, name in named] == ["[POSE]", "[CLS]", "[CLS]"]
+    assert all(shape == (36, 192) for shape, _ in named)  # pictures of both files
 
 
 def test_overfits_one_batch(tmp_path):

@@ -67,7 +67,8 @@ def test_command_is_valid_with_its_config(command, monkeypatch):
     ranks = re.search(r"--nproc_per_node[ =](\d+)", command)
     if ranks and script != "generate.py":
         shared = cfg.people if script == "finetune_reid.py" else cfg.batch
-        assert shared % (int(ranks[1]) * (cfg.pictures_per_pose if script == "pretrain.py" else 1)) == 0
+        groups = cfg.pictures_per_pose if script == "pretrain.py" and cfg.gamma_mp else 1
+        assert shared % (int(ranks[1]) * groups) == 0
 
 
 def test_heads_are_read():

@@ -54,16 +54,18 @@ def a_set(folder, n=12, size=(60, 130)):
 
 def test_resize_equals_pillow_up_to_rounding(tmp_path):
     people = a_set(tmp_path)
-    dataset = data.PretrainPictures([people], (96, 48), seed=3)
+    dataset = data.PretrainPictures([people], (96, 48), seed=3, flip="picture")
     for index in range(12):
         item = dataset[(1, index)]
         seed_all(SAMPLE, 3, 1, index)
-        x, y, w, h = data.padded_box(people.boxes[index], 1.25, people.size[index])
-        left, top, cw, ch = data.random_crop(w, h)
+        region = data.padded_box(people.boxes[index], 1.25, people.size[index])
+        x, y, w, h = data.grown_region(region, (96, 48), people.size[index])
+        mirrored = torch.rand(()) < 0.5
+        left, top, cw, ch = data.random_crop(w, h, 0.8, 0.5)
         plain = data.load_picture(people.folder, people.files[index])
         plain = plain.crop((x + left, y + top, x + left + cw, y + top + ch)).resize((48, 96), Image.Resampling.BICUBIC)
         plain = torch.from_numpy(np.array(plain)).permute(2, 0, 1)
-        plain = plain.flip(2) if torch.rand(()) < 0.5 else plain
+        plain = plain.flip(2) if mirrored else plain
         gap = (item["image"].int() - plain.int()).abs()
         assert gap.max() <= 2 and (gap > 1).float().mean() < 0.002  # grey levels of 255
 
@@ -72,9 +74,9 @@ def test_crop_has_the_distribution_of_torchvision():
     """Share of the area, ratio and place: quantiles of 4,000 draws of each differ by less than chance allows."""
     torch.manual_seed(0)
     w, h, n = 130, 250, 4000
-    ours = torch.tensor([data.random_crop(w, h) for _ in range(n)], dtype=torch.float64)
+    ours = torch.tensor([data.random_crop(w, h, 0.8, 0.5) for _ in range(n)], dtype=torch.float64)
     region = torch.empty(1, h, w)
-    theirs = [RandomResizedCrop.get_params(region, (0.8, 1.0), (0.375, 0.667)) for _ in range(n)]
+    theirs = [RandomResizedCrop.get_params(region, (0.8, 1.0), (0.375, 2 / 3)) for _ in range(n)]
     theirs = torch.tensor([(left, top, cw, ch) for top, left, ch, cw in theirs], dtype=torch.float64)
     assert (ours[:, :2] >= 0).all() and (ours[:, 0] + ours[:, 2] <= w).all() and (ours[:, 1] + ours[:, 3] <= h).all()
     for name, figure in {
@@ -91,7 +93,7 @@ def test_crop_has_the_distribution_of_torchvision():
 
 @pytest.mark.parametrize("size, expected", [((300, 20), (143, 0, 13, 20)), ((20, 300), (0, 123, 20, 53))])
 def test_crop_of_a_region_that_no_rectangle_fits(size, expected):
-    assert data.random_crop(*size) == expected
+    assert data.random_crop(*size, 0.8, 0.5) == expected
 
 
 def test_normalize_is_the_formula_and_leaves_its_input_alone():
