@@ -11,7 +11,9 @@ import contextlib
 import errno
 import io
 import json
+import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +31,21 @@ class Chunks(Dataset):
     """
 
     def __init__(self, cfg, units, make, folder):
-        self.cfg, self.units, self.make, self.folder, self.parent = cfg, units, make, folder, os.getpid()
+        self.cfg, self.units, self.make, self.folder = cfg, units, make, folder
 
     def __getitem__(self, number):
-        if os.getpid() != self.parent != os.getppid():
-            os._exit(1)  # the main process was killed: whoever restarts it does this chunk
         units = self.units[number * self.cfg.chunk : (number + 1) * self.cfg.chunk]
         return write_chunk(self.cfg, number, *self.make(units), self.folder)
+
+
+def end_with_main(worker):
+    """worker_init_fn: a DataLoader's worker ends with its main process, at once and even if that was killed.
+
+    Whoever restarts it does the worker's chunk. Holds under fork, forkserver and spawn: the main process keeps the end
+    of a pipe open. torch looks at the parent's id, under forkserver the fork server's, and there would wait for ever.
+    """
+    main = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
 
 
 def write_chunk(cfg, number, rows, retried, folder):

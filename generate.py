@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader
 import people_set
 import pictures
 import puppet
-from chunks import Chunks, encoded, person_row, picture_seed, put, read_records, record_path, recorded
+from chunks import Chunks, encoded, end_with_main, person_row, picture_seed, put, read_records, record_path, recorded
 from coco import read_people
 from common import PROMPT, WORDING, Log, open_run, rng_of, start_ranks, write_atomic
 from config import Key, UserError, read_config, run_stage
@@ -294,7 +294,10 @@ def main():
     workers = cfg.workers if cfg.backend == "puppet" else 0
     start, before, pictures_made = time.perf_counter(), recorded(cfg), 0
     log = Log(out, count, before, rank, "generate")
-    for pictures_here in DataLoader(chunks, batch_size=None, sampler=mine, num_workers=workers, collate_fn=int):
+    loader = DataLoader(
+        chunks, batch_size=None, sampler=mine, num_workers=workers, collate_fn=int, worker_init_fn=end_with_main
+    )
+    for pictures_here in loader:
         pictures_made += pictures_here
         if rank == 0:
             log.bar.update(recorded(cfg) - log.bar.n)

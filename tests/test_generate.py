@@ -398,14 +398,20 @@ def same_set(a, b):
     )
 
 
-def start(words, ranks=1):
+# A stage run with another way of starting processes than the default, e.g. Python 3.14's forkserver.
+START_AS = "import multiprocessing, runpy, sys; multiprocessing.set_start_method(sys.argv[1]); sys.argv[:2] = []; "
+START_AS += "runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def start(words, ranks=1, method=None):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    environment["PYTHONPATH"] = str(ROOT)
     return [
         subprocess.Popen(
-            [sys.executable, ROOT / "generate.py", *words],
+            [sys.executable, *(["-c", START_AS, method] if method else []), ROOT / "generate.py", *words],
             env=dict(environment, **(dict(RANK=str(r), WORLD_SIZE=str(ranks)) if ranks > 1 else {})),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )
@@ -464,6 +470,28 @@ def test_puppet_kills_workers_and_ranks(puppet_set, tmp_path):
     finish(start([*words, "workers=1"], ranks=3))
     assert (out / "images" / pose["file_name"]).stat().st_mtime_ns == before  # nothing recorded is made twice
     assert same_set(out, puppet_set)
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_puppet_workers_that_are_not_forked(puppet_set, tmp_path, monkeypatch, method):
+    """Workers whose parent is another process, or that share nothing: killed with the run, and the same bytes."""
+    out = tmp_path / "run"
+    first = start([*PUPPET, f"out={out}", "workers=2"], method=method)
+    kill_after(2, first, out)
+    assert group_is_gone(first[0].pid), "rendering workers outlive the killed run"
+    run(monkeypatch, [*PUPPET, f"out={out}"])
+    assert same_set(out, puppet_set)
+
+
+def test_a_stage_forks_its_loaders_unless_told_otherwise():
+    """Under Python 3.14's default, which is set here by hand, each loader would hold a copy of all annotations."""
+    ask = "import multiprocessing as m, config\n"
+    ask += "m.context._default_context._default_context = m.get_context('forkserver')"
+    expected = {"": "fork" if sys.platform == "linux" else "forkserver", "m.set_start_method('spawn')": "spawn"}
+    for before, used in expected.items():
+        code = f"{ask}\n{before}\nconfig.run_stage(lambda: print(m.get_start_method()))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout == used + "\n", done.stderr
 
 
 def test_puppet_workers_and_merge_kill(puppet_set, tmp_path, monkeypatch):
