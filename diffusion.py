@@ -44,7 +44,11 @@ SAMPLERS = {  # diffusers' class, and how it spreads the steps over time (its ow
     "pndm": ("PNDMScheduler", "leading"),
 }
 
-DRAW = {"keypose": pictures.draw_keypose, "openpose": pictures.draw_openpose}
+DRAW = {  # each as its network was trained
+    ("t2i_adapter", "keypose"): pictures.draw_keypose,
+    ("t2i_adapter", "openpose"): partial(pictures.draw_openpose, blend=True),
+    ("controlnet", "openpose"): pictures.draw_openpose,
+}
 
 # ------------------------------------------------------------------------------------------------------------- painting
 
@@ -150,7 +154,7 @@ class Scene:
         self.pose_ids = people.annotation_id[rows].tolist()
         self.size = tuple(painted_size(people.size[rows[0]], cfg.resolution).tolist())
         self.scale = np.array(self.size) / people.size[rows[0]]
-        self.condition = DRAW[cfg.condition](self.moved(people.keypoints[everybody]), self.size)
+        self.condition = DRAW[cfg.backend, cfg.condition](self.moved(people.keypoints[everybody]), self.size)
         self.keypoints = self.moved(people.keypoints[rows])
         self.boxes = people.boxes[rows] * np.tile(self.scale, 2)
         self.areas = people.area[rows] * self.scale.prod()

@@ -255,7 +255,7 @@ def write_annotations(cfg, count):
 def write_sheet(cfg, rows):
     """rows: K per pose, poses evenly out of the whole set → sheet.png: drawn condition, then pictures 0 .. K-1."""
     K, grid, labels = cfg.pictures_per_pose, [], []
-    draw = DRAW["keypose" if cfg.condition == "auto" else cfg.condition]
+    draw = pictures.draw_keypose if cfg.backend == "puppet" else DRAW[cfg.backend, cfg.condition]
     shape = max(row["size"][1] / row["size"][0] for row in rows)
     cell = (144, round(144 * min(2.0, max(0.75, shape))))
     for mine in (rows[i : i + K] for i in range(0, len(rows), K)):

@@ -202,7 +202,7 @@ def test_keypose_drawing_pixels():
     assert tuple(canvas[30, 30]) == (0, 255, 0) and tuple(canvas[30, 20]) == (0, 255, 0)  # left link and joint
     assert tuple(canvas[30, 80]) == (0, 128, 255) and not canvas[30, 70].any() and not canvas[30, 60].any()
     assert canvas[28, 80].any() and not canvas[27, 80].any()  # joint radius 2
-    assert (canvas[:, 30].any(1)).sum() == 2  # link 2 px wide
+    assert (canvas[:, 30].any(1)).sum() == 3  # link 3 px wide
 
 
 def test_openpose_drawing_pixels():
@@ -216,6 +216,34 @@ def test_openpose_drawing_pixels():
     keypoints[5] = 0
     canvas = np.asarray(pictures.draw_openpose([keypoints], (100, 80)))
     assert not canvas[40, 50].any() and canvas[40, 30].any()  # no neck without both shoulders
+
+
+def test_conditions_look_as_their_networks_were_trained():
+    """conditions.png: these two people drawn with OpenCV by the annotators' rules.
+
+    Left, T2I-Adapter's keypose: cv2.circle of radius 2, cv2.line of thickness 2. Middle, its openpose: circles of
+    radius 4, then limbs (ellipse2Poly, fillConvexPoly) each blended by addWeighted(canvas, 0.4, limb, 0.6). Right,
+    ControlNet 1.1's (as controlnet_aux draws it): limbs, the canvas × 0.6, then circles.
+    """
+    turn = np.array(
+        [[np.cos(np.radians(20)), -np.sin(np.radians(20))], [np.sin(np.radians(20)), np.cos(np.radians(20))]]
+    )
+    people = [STANDING + [10, 20], STANDING @ turn * 1.1 + [25, 30]]
+    people = [np.concatenate([xy, np.full((17, 1), 2.0)], 1) for xy in people]
+    people[0][3] = people[1][9] = 0
+    reference = np.asarray(Image.open(ROOT / "tests/conditions.png"), int).reshape(280, 3, 200, 3).transpose(1, 0, 2, 3)
+
+    def compare(draw, theirs):
+        """→ shared share of the lit pixels, ours lit / theirs, share of the lit pixels with the same colour."""
+        ours = np.asarray(draw(people, (200, 280)), int)
+        either, same = ours.any(2) | theirs.any(2), abs(ours - theirs).max(2) <= 3
+        shared = (ours.any(2) & theirs.any(2)).sum() / either.sum()
+        return shared, ours.any(2).sum() / theirs.any(2).sum(), same[either].mean()
+
+    for (name, draw), theirs in zip(diffusion.DRAW.items(), reference):
+        shared, lit, same = compare(draw, theirs)
+        assert shared > 0.9 and 0.95 < lit < 1.05 and same > 0.9, (name, shared, lit, same)
+    assert compare(pictures.draw_openpose, reference[1])[2] < 0.88  # the two openposes are not each other's
 
 
 def test_overlay_and_sheet(tmp_path):
