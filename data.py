@@ -18,7 +18,7 @@ from torchvision.transforms import v2
 
 from common import SAMPLE, seed_all
 from config import UserError
-from masks import part_guided_mask  # noqa: F401  data.part_guided_mask is its public name
+from masks import PARTS, part_guided_mask  # noqa: F401  data.part_guided_mask is its public name
 
 COCO_JOINTS = (
     "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
@@ -39,6 +39,28 @@ def normalize(pictures):
 
 
 # ------------------------------------------------------------------------------------------------- joints and files
+
+
+SIDE, LIMB_JOINT = "(left|right|l|r)", "(eye|ear|shoulder|elbow|wrist|hip|knee|ankle)"
+
+
+def joint_name(name):
+    """A joint's name in COCO's spelling: "leftShoulder", "LShoulder", "Lshoulder", "l_shoulder",
+    "Left Shoulder" and "shoulder_left" are "left_shoulder". Others: lower case, underscores."""
+    name = re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    name = re.sub(r"[\W_]+", "_", name.lower()).strip("_")
+    found = re.fullmatch(f"{SIDE}_?{LIMB_JOINT}|{LIMB_JOINT}_?{SIDE}", name)
+    if not found:
+        return name
+    side, joint = found[1] or found[4], found[2] or found[3]
+    return {"l": "left", "r": "right"}[side[0]] + "_" + joint
+
+
+def recognised(joints):
+    """→ how many of COCO's 17 joints a joint set names, and how many of the six body parts that
+    guide masks have a link between two of them."""
+    ids = {j for j, name in enumerate(COCO_JOINTS) if name in joints}
+    return len(ids), sum(any(ids.issuperset(link) for link in part) for part in PARTS)
 
 
 def flip_ids(joints):

@@ -38,10 +38,10 @@ import people_set
 import pictures
 import puppet
 from chunks import Chunks, encoded, end_with_main, person_row, picture_seed, put, read_records, record_path, recorded
-from coco import read_people
+from coco import MIN_SCORE, read_people
 from common import PROMPT, WORDING, Log, open_run, rng_of, start_ranks, write_atomic
 from config import Key, UserError, read_config, run_stage
-from data import COCO_CATEGORY, COCO_JOINTS, to_coco17
+from data import COCO_CATEGORY, COCO_JOINTS, recognised, to_coco17
 from diffusion import ADAPTERS, DRAW, MODELS, Auditor, Scene, load_painter, paint_chunk, painted_size
 
 KEYS = {
@@ -59,6 +59,8 @@ KEYS = {
     "pictures_per_pose": Key(5, "K, pictures of each pose", "[paper, inferred]", low=1),
     "poses": Key(0, "take the first so many poses; 0: all (the sampling puppet needs a number)", low=0),
     "first_pose": Key(0, "number of the first sampled pose; of given ones: how many to pass over", low=0),
+    "min_score": Key(MIN_SCORE, "where annotations hold scores for visibilities: joints from here on are visible",
+                     "[HRNet] [ViTPose]", low=0.01, high=1),
     "min_joints": Key(1, "leave out people with fewer labelled joints", "[silent]", low=1, high=17),
     "min_side": Key(0, "leave out people whose crop would have a shorter side, px", "[silent]", low=0),
     "seed": Key(0, "seed of everything", low=0),
@@ -120,8 +122,11 @@ def check_config(cfg):
 
 
 def read_poses(cfg):
-    """→ (People with COCO-17 joints, everybody; rows (n,) to make pictures of; Counter of people left out and why)."""
-    people, _ = read_people(cfg.annotations, check_pictures=False)
+    """→ (People with COCO-17 joints, everybody; rows (n,) to make pictures of; Counter of people left out and why;
+    a sentence about what was read)."""
+    people, notes = read_people(cfg.annotations, check_pictures=False, min_score=cfg.min_score)
+    about = f"{len(people.files)} people, {recognised(people.joints)[0]} of COCO's 17 joints recognised"
+    about += f", visible from a score of {cfg.min_score:g}" if notes["scores"] else ""
     if set(puppet.LSP_JOINTS) <= set(people.joints):
         joints = puppet.lsp_to_coco(people.keypoints[:, [people.joints.index(name) for name in puppet.LSP_JOINTS]])
     else:
@@ -134,8 +139,9 @@ def read_poses(cfg):
     skipped[f"smaller than {cfg.min_side} px"] = int(small.sum())
     rows = np.flatnonzero(~few & ~small)[cfg.first_pose :][: cfg.poses or None]
     if len(rows) == 0:
-        raise UserError(f"{cfg.annotations}: no person is left (min_joints={cfg.min_joints}, min_side={cfg.min_side})")
-    return people, rows, +skipped
+        why = f"min_joints={cfg.min_joints}, min_side={cfg.min_side}; {about}"
+        raise UserError(f"{cfg.annotations}: no person is left ({why})")
+    return people, rows, +skipped, about
 
 
 def read_prompts(cfg, image_ids):
@@ -282,7 +288,7 @@ def main():
         return
 
     # Everything that can be wrong with the input is found before the run folder is made.
-    units, make, left_out = plan(cfg, device)
+    units, make, left_out, about = plan(cfg, device)
     open_run(asked, KEYS, rank)
     folders = people_set.FOLDERS if cfg.task == "people" else ("images", *(["parts"] if cfg.parts else []))
     for folder in (".parts", *folders):
@@ -294,6 +300,7 @@ def main():
     workers = cfg.workers if cfg.backend == "puppet" else 0
     start, before, pictures_made = time.perf_counter(), recorded(cfg), 0
     log = Log(out, count, before, rank, "generate")
+    log.say(f"{about}; {before} of {count} chunks are there")
     loader = DataLoader(
         chunks, batch_size=None, sampler=mine, num_workers=workers, collate_fn=int, worker_init_fn=end_with_main
     )
@@ -313,21 +320,23 @@ def main():
 
 
 def plan(cfg, device):
-    """→ (units of work, make(units) → ([(picture or None, row)], pictures painted again), Counter of people left out).
+    """→ (units of work, make(units) → ([(picture or None, row)], pictures painted again), Counter of people left out,
+    a sentence about what was read).
 
     A unit is a person, a pose number, a row of `people`, or a source picture's id.
     """
     if cfg.task == "people":
-        return people_set.units(cfg), partial(people_set.draw_chunk, cfg), {}
+        return people_set.units(cfg), partial(people_set.draw_chunk, cfg), {}, "drawn people"
     people, units, left_out = None, range(cfg.first_pose, cfg.first_pose + cfg.poses), {}
+    about = "sampled poses"
     if cfg.annotations is not None:
-        people, units, left_out = read_poses(cfg)
+        people, units, left_out, about = read_poses(cfg)
     if cfg.backend == "puppet":
         trial = SimpleNamespace(**vars(cfg) | {"parts": False})  # writes nothing; most often the first person ends it
         if people is not None and all("skipped" in draw_chunk(trial, people, [row])[0][0][1] for row in units):
             why = "too few joints, or none of the body in the picture that the box gives"
             raise UserError(f"{cfg.annotations}: nobody of {len(units)} people can be drawn ({why})")
-        return units, partial(draw_chunk, cfg, people), left_out
+        return units, partial(draw_chunk, cfg, people), left_out, about
     wanted = group_rows(people.image_id, units)
     everybody = group_rows(people.image_id, range(len(people.image_id)))
     prompts = read_prompts(cfg, list(wanted))
@@ -337,7 +346,7 @@ def plan(cfg, device):
         scenes = [Scene(cfg, people, everybody[i], wanted[i], prompts[i]) for i in image_ids]
         return paint_chunk(cfg, scenes, pipe, auditor)
 
-    return list(wanted), make, left_out
+    return list(wanted), make, left_out, about
 
 
 def group_rows(image_ids, rows):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import pose
-from coco import People, read_people
+from coco import MIN_SCORE, People, read_people
 from common import SAMPLE, rng_of
 from config import UserError
 from data import UNREADABLE, as_bytes, find_bad_pictures, flip_ids, load_picture, picture_names, read_json
@@ -56,6 +56,8 @@ def read_pose_file(path, folder=None, max_bad=0, with_document=False):
         a["id"], a["image_id"], a["category_id"] = int(a["id"]), int(a["image_id"]), category
         a.setdefault("area", pose.BOX_AREA * a["bbox"][2] * a["bbox"][3])
         a.setdefault("iscrowd", 0)
+        if notes["scores"]:  # visible or missing for pycocotools too
+            a["keypoints"][2::3] = [2 if v >= MIN_SCORE else 0 for v in a["keypoints"][2::3]]
         a["num_keypoints"] = sum(v > 0 for v in a["keypoints"][2::3])
     area = {a["id"]: a["area"] for a in document["annotations"]}
     people = people._replace(area=np.array([area[i] for i in people.annotation_id.tolist()], np.float32))

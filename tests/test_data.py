@@ -49,7 +49,7 @@ def test_reader_gives_arrays_and_drops_links_outside_the_joints(tmp_path):
     people, notes = read_people(write_set(tmp_path))
     assert people.keypoints.shape == (12, 17, 3) and people.boxes.shape == (12, 4)
     assert people.pose_id.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
-    assert people.skeleton == [(0, 1)] and notes == {"bad": [], "clipped": 0}
+    assert people.skeleton == [(0, 1)] and notes == {"bad": [], "clipped": 0, "scores": False}
     assert people.flip == [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]
 
 
@@ -60,9 +60,76 @@ def test_flip_of_other_joint_sets():
     assert data.flip_ids(["rknee", "lknee", "hip_l", "hip_r", "r_ear"]) == [1, 0, 3, 2, 4]
 
 
+SPELLINGS = {  # side and joint → name; the last one spells the two sides differently
+    "Lshoulder": lambda side, joint: side[0].upper() + joint,
+    "LShoulder": lambda side, joint: side[0].upper() + joint.capitalize(),
+    "leftShoulder": lambda side, joint: side + joint.capitalize(),
+    "LeftShoulder": lambda side, joint: side.capitalize() + joint.capitalize(),
+    "Left Shoulder": lambda side, joint: f"{side} {joint}".title(),
+    "LEFT-SHOULDER": lambda side, joint: f"{side}-{joint}".upper(),
+    "l_shoulder": lambda side, joint: f"{side[0]}_{joint}",
+    "R_knee": lambda side, joint: f"{side[0].upper()}_{joint}",
+    "rknee": lambda side, joint: side[0] + joint,
+    "shoulder_left": lambda side, joint: f"{joint}_{side}",
+    "shoulder.R": lambda side, joint: f"{joint}.{side[0].upper()}",
+    "mixed": lambda side, joint: f"{joint}_l" if side == "left" else f"Right{joint}",
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_joints_spelt_otherwise_are_the_same_joints(tmp_path, name):
+    def change(document):
+        sides = (joint.split("_") for joint in data.COCO_JOINTS[1:])
+        document["categories"][0]["keypoints"] = ["Nose", *(SPELLINGS[name](*pair) for pair in sides)]
+
+    people, _ = read_people(changed_set(tmp_path, change))
+    whole, _ = read_people(write_set(tmp_path / "whole"))
+    assert people.joints == data.COCO_JOINTS and people.flip == whole.flip
+    assert np.array_equal(data.to_coco17(people.keypoints, people.joints), whole.keypoints)
+
+
+def test_names_that_are_not_of_a_limb_stay(tmp_path):
+    names = "Head top,neck,pelvis,upper_neck,head_bottom,leftover,lateral_left_hip,L_heel,nez,左肩"
+    expected = "head_top neck pelvis upper_neck head_bottom leftover lateral_left_hip l_heel nez 左肩".split()
+    assert [data.joint_name(name) for name in names.split(",")] == expected
+    joints = ["left_" + joint for joint in "shoulder elbow wrist hip knee ankle".split()]
+    joints += [joint.replace("left", "right") for joint in joints]  # AIC, CrowdPose, MPII and LSP name these
+    assert data.recognised([*joints, "head_top", "neck"]) == (12, 5) and data.recognised(data.COCO_JOINTS) == (17, 6)
+    assert data.recognised(["nose", "lower_back", "right_hip"]) == (2, 0)
+
+    def change(document):
+        document["categories"][0]["keypoints"][1:3] = ["left_eye", "LEye"]
+
+    with pytest.raises(UserError, match="names the joint left_eye twice"):
+        read_people(changed_set(tmp_path, change))
+
+
+def test_scores_become_visibilities_on_reading(tmp_path):
+    scores = [0.93, 0.05, 1, 0, 0.2, 0.19, *np.linspace(0.01, 0.99, 11)]
+    keypoints = np.stack([np.arange(17), np.arange(17), scores], 1)
+
+    def change(document):
+        for entry in document["annotations"]:
+            entry["keypoints"] = keypoints.ravel().tolist()
+
+    path = changed_set(tmp_path, change)
+    for more, least in (({}, 0.2), ({"min_score": 0.6}, 0.6)):
+        people, notes = read_people(path, **more)
+        assert (
+            people.keypoints[3, :, 2].tolist() == [2 if score >= least else 0 for score in scores] and notes["scores"]
+        )
+    assert np.array_equal(people.keypoints[0, :, :2], keypoints[:, :2])
+    with pytest.raises(UserError, match="all of its 12 annotations"):
+        read_people(path, min_joints=13)  # of scores of at least .2 there are 12
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"keypoints": [1, 2, 3] * 17}, "annotation 100 has v = 3 at joint 1; needed: 0, 1, 2, or scores"),
+        ({"keypoints": [1, 2, 2] * 16 + [1, 2, -1]}, "annotation 100 has v = -1 at joint 17"),
+        ({"keypoints": [1, 2, 0.5] * 17}, "annotation 101 has v = 2 at joint 1; .* 0 to 1, for the file holds scores"),
+        ({"keypoints": [1, 2, 1.02] * 17}, "annotation 100 has v = 1.02 at joint 1"),
         ({"image_id": 77}, "image id 77"),
         ({"bbox": [400, 0, 10, 10]}, "outside"),
         ({"bbox": [-50, -50, 20, 20]}, "outside"),

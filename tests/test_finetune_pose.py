@@ -703,6 +703,18 @@ def test_ids_as_text_and_rows_of_other_categories_change_no_figure(dots, tmp_pat
     assert 0 < figures(dots[1])["AP"] < 1 and figures(tmp_path / "text.json") == figures(dots[1])
 
 
+def test_truth_given_as_scores_counts_the_same_joints_everywhere(tmp_path):
+    path = people_file(tmp_path, 3)
+    document = json.loads(path.read_text())
+    for row in document["annotations"]:
+        row["keypoints"][2::3] = [0.05, 0.9] * 8 + [0.2]
+    path.write_text(json.dumps(document))
+    people, _, document = pose_data.read_pose_file(path, with_document=True)
+    assert people.keypoints[:, :, 2].tolist() == [[0, 2] * 8 + [2]] * 3
+    for row in document["annotations"]:
+        assert row["keypoints"][2::3] == [0, 2] * 8 + [2] and row["num_keypoints"] == 9
+
+
 # --------------------------------------------------------------------------------------------------------- bad input
 
 

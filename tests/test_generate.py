@@ -180,7 +180,7 @@ def config(tiny, **more):
 
 
 def scenes_of(cfg):
-    people, rows, _ = generate.read_poses(cfg)
+    people, rows, *_ = generate.read_poses(cfg)
     wanted = generate.group_rows(people.image_id, rows)
     prompts = generate.read_prompts(cfg, list(wanted))
     return [diffusion.Scene(cfg, people, rows, rows, prompts[i]) for i, rows in wanted.items()]
@@ -552,6 +552,25 @@ def test_puppet_set_is_what_it_says(puppet_set, tmp_path, monkeypatch):
     for name in ("20_0.jpg", "22_1.jpg"):
         assert (Path(out) / "images" / name).read_bytes() == (puppet_set / "images" / name).read_bytes()
     assert np.asarray(Image.open(Path(out) / "parts/20_0.png")).max() in range(1, 7)
+
+
+def test_poses_given_as_scores(tmp_path, monkeypatch, capsys):
+    """A pose estimator's file: joints above the threshold count, and have COCO's visibility in the set."""
+    write_poses(tmp_path)
+    document = json.loads((tmp_path / "poses.json").read_text())
+    for row in document["annotations"]:
+        row["keypoints"][2::3] = [0.93, 0.3] * 8 + [0.1] if row["id"] < 4 else [0.04] * 17
+    (tmp_path / "poses.json").write_text(json.dumps(document))
+    words = [f"annotations={tmp_path / 'poses.json'}", "height=128", "width=64", "pictures_per_pose=1"]
+    for score, seen in ((0.2, 16), (0.5, 8)):
+        cfg = generate.read_config(generate.KEYS, "", [*words, f"min_score={score}"])
+        people, rows, left_out, about = generate.read_poses(cfg)
+        assert rows.tolist() == [0, 1, 2] and (people.keypoints[:3, :, 2] == 2).sum(1).tolist() == [seen] * 3
+        assert left_out == {"with fewer than 1 joints": 2}
+        assert about == f"5 people, 17 of COCO's 17 joints recognised, visible from a score of {score}"
+    out = run(monkeypatch, [*words, "min_joints=16", f"out={tmp_path / 'a'}"])
+    assert {row["pose_id"] for row in read(out)["annotations"]} == {1, 2, 3}
+    assert "5 people, 17 of COCO's 17 joints recognised" in capsys.readouterr().err
 
 
 def test_puppet_at_given_poses(tmp_path, monkeypatch):

@@ -211,6 +211,18 @@ def test_a_folder_of_the_user_is_not_touched(sets, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_the_start_says_how_many_joints_are_known_and_part_masks_refuse_too_few(sets, tmp_path):
+    document = json.loads(sets[0].read_text())
+    document["categories"][0]["keypoints"] = [f"point_{j}" for j in range(17)]
+    other = sets[0].with_name("other_names.json")
+    other.write_text(json.dumps(document))
+    done = run_script("pretrain.py", *arguments([other], tmp_path / "part"))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and not (tmp_path / "part").exists()
+    assert "0 of COCO's 17 joints are recognised, which link 0 of 6 body parts; mask=part needs 3" in done.stderr
+    done = run_script("pretrain.py", *arguments([sets[0], other], tmp_path / "random", "mask=random", "epochs=1"))
+    assert done.returncode == 0 and "17 of 17 joints recognised, 0 of 17 joints recognised" in done.stderr
+
+
 def test_truncated_picture_is_named_before_anything_is_written(tmp_path):
     path = write_set(tmp_path / "set")
     whole = (tmp_path / "set/images/003.jpg").read_bytes()
