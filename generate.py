@@ -106,6 +106,10 @@ def check_config(cfg):
     if cfg.task == "people":
         return people_set.check(cfg)
     if cfg.backend == "puppet":
+        unread = ("captions", "prompt_template", "prompt_file", "negative_prompt", "model", "adapter", "condition")
+        for name in unread:
+            if getattr(cfg, name) != KEYS[name].default:
+                raise UserError(f"the puppet draws without {name} (its captions are its own): leave {name} out")
         if cfg.annotations is None and cfg.poses == 0:
             raise UserError("the puppet samples poses where annotations is none: say how many with poses=")
         return
