@@ -362,23 +362,58 @@ def test_refused_pictures_are_retried_and_never_stored(tiny, tmp_path, monkeypat
     # No retries: a pose short of one picture is left out whole, and named.
     out = run(monkeypatch, arguments(tiny, out=tmp_path / "b", model=folder, retries=0))
     summary = json.loads((tmp_path / "b/summary.json").read_text())
-    why = "black or refused by the safety checker"
+    why = "not finite, black or refused by the safety checker"
     assert summary["poses_skipped"] == [{"pose_id": pose, "skipped": why} for pose in refused.pose_ids]
     assert summary["poses"] == 4 - len(refused.pose_ids)
     assert len(list((tmp_path / "b/images").iterdir())) == 3 * summary["poses"]
 
 
-def test_overflow_ends_in_no_black_picture(tiny, tmp_path, monkeypatch):
+def with_vae(tiny, folder, change):
+    """→ a copy of the tiny model whose decoder is changed by change(decoder)."""
     import diffusers
 
-    folder = tmp_path / "sd"
     shutil.copytree(tiny / "sd", folder)
     vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
-    torch.nn.init.constant_(vae.decoder.conv_out.bias, float("nan"))
+    with torch.no_grad():
+        change(vae.decoder)
     vae.save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.mark.parametrize("channels", [1, 3])  # a NaN in one colour leaves a picture that is not black
+def test_a_picture_that_is_not_finite_is_refused(tiny, tmp_path, monkeypatch, channels):
+    model = with_vae(tiny, tmp_path / "sd", lambda decoder: decoder.conv_out.bias[:channels].fill_(float("nan")))
     with pytest.raises(UserError, match="black or refused"):
-        run(monkeypatch, arguments(tiny, out=tmp_path / "a", model=folder, retries=1, poses=1))
+        run(monkeypatch, arguments(tiny, out=tmp_path / "a", model=model, retries=1, poses=1))
     assert not list((tmp_path / "a/images").iterdir())
+
+
+def test_an_overflow_in_fp16_is_refused(tiny, tmp_path, monkeypatch):
+    model = with_vae(tiny, tmp_path / "sd", lambda decoder: decoder.conv_in.bias.add_(1e5))  # fp16 ends at 65,504
+    keys = dict(model=model, retries=0, poses=1, pictures_per_pose=1)
+    assert len(read(run(monkeypatch, arguments(tiny, out=tmp_path / "a", precision="fp32", **keys)))["images"]) == 1
+    with pytest.raises(UserError, match="black or refused"):
+        run(monkeypatch, arguments(tiny, out=tmp_path / "b", precision="fp16", **keys))
+
+
+def test_precision_is_what_the_device_has_in_hardware(tiny, monkeypatch):
+    cpu, cuda, auto = torch.device("cpu"), torch.device("cuda"), config(tiny)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for major, dtype in ((7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)):  # V100 and T4, A100, H100
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, major=major: SimpleNamespace(major=major))
+        assert diffusion.precision(auto, cuda) == dtype
+    assert diffusion.precision(auto, cpu) == torch.float32
+    assert diffusion.precision(config(tiny, precision="fp16"), cpu) == torch.float16
+
+
+def test_pictures_are_decoded_one_by_one(tiny):
+    """The decoder's memory does not grow with the batch."""
+    cfg = config(tiny)
+    pipe, scene, sizes = diffusion.load_painter(cfg, torch.device("cpu")), scenes_of(cfg)[0], []
+    pipe.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    assert len(diffusion.paint(pipe, cfg, [scene.condition] * 3, [scene.prompt] * 3, [1, 2, 3], scene.size)) == 3
+    assert sizes == [1, 1, 1]
 
 
 def test_audit(tiny, tmp_path, monkeypatch):
