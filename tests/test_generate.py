@@ -400,6 +400,7 @@ def test_precision_is_what_the_device_has_in_hardware(tiny, monkeypatch):
     cpu, cuda, auto = torch.device("cpu"), torch.device("cuda"), config(tiny)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)  # older GPUs emulate it
     for major, dtype in ((7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)):  # V100 and T4, A100, H100
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, major=major: SimpleNamespace(major=major))
         assert diffusion.precision(auto, cuda) == dtype
