@@ -7,7 +7,7 @@ puppet (puppet.py: drawn people, no weights, no network; here person and scene c
 In:   COCO keypoint JSON (the pictures themselves are not needed) + captions JSON, prompt template or prompt file;
       or, for the puppet alone, nothing: it samples poses.
 Out:  images/POSE_K.jpg one person each; annotations.json (COCO-17 keypoints, pose_id, caption, seed, sources, oks);
-      sheet.png (row = pose, its drawn condition first); summary.json.
+      sheet.png (row = pose, its drawn condition first); summary.json. Every field: docs/annotations.md.
       task people (puppet): people by several cameras in the other stages' official layouts; see people_set.py.
 
     python generate.py --cfg configs/generate_demo.yaml                          # puppet, on a laptop
@@ -243,7 +243,8 @@ def write_annotations(cfg, count):
 
     def write(path):
         with open(path, "w", encoding="utf-8") as file:
-            file.write(f'{{"categories": {json.dumps([COCO_CATEGORY])},\n"images": [')
+            info = {"description": f"generate.py, {cfg.backend}, seed {cfg.seed}; fields: docs/annotations.md"}
+            file.write(f'{{"info": {json.dumps(info)},\n"categories": {json.dumps([COCO_CATEGORY])},\n"images": [')
             for i, row in rows():
                 image = {"id": i, "file_name": row["file_name"], "width": row["size"][0], "height": row["size"][1]}
                 file.write((",\n" if i > 1 else "\n") + json.dumps(image))

@@ -12,7 +12,7 @@ import pytest
 import scipy.io
 import scipy.ndimage
 import torch
-from conftest import ROOT, kill_after, run_script
+from conftest import ROOT, check_fields, kill_after, run_script
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -516,6 +516,7 @@ def test_overfits_one_batch_then_evaluates_and_predicts(dots, tmp_path):
         Image.open(f"{images}/{image['file_name']}").save(folder / f"{n}.png")
     run(f"predict={folder}", weights, *MACHINE, "padding=1", f"out={tmp_path}/whole")
     answer = tmp_path / "whole/predictions.json"
+    check_fields(answer)
     people, _, _ = pose_data.read_pose_file(answer, folder)  # a valid COCO keypoint file
     assert people.joints == COCO_JOINTS and len(people.files) == 3 and (tmp_path / "whole/overlays.png").exists()
     boxes = [{"file_name": "0.png", "bbox": document["annotations"][0]["bbox"], "score": 0.5}] * 2

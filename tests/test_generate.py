@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import check_fields
 from PIL import Image
 
 import attributes
@@ -420,6 +421,7 @@ def test_pictures_are_decoded_one_by_one(tiny):
 def test_audit(tiny, tmp_path, monkeypatch):
     audit = dict(audit="vitpose", audit_model=tiny / "vitpose", audit_threshold=0)
     rows = read(run(monkeypatch, arguments(tiny, out=tmp_path / "a", **audit)))["annotations"]
+    check_fields(tmp_path / "a/annotations.json")
     measured = np.array([row["oks"] for row in rows])
     assert len(rows) == 12 and (0 <= measured).all() and (measured < 1).all() and len(set(measured)) > 3
     middle = float(np.sort(measured)[4])
@@ -616,6 +618,7 @@ def test_puppet_at_given_poses(tmp_path, monkeypatch):
     document, summary = read(out), json.loads((tmp_path / "a/summary.json").read_text())
     assert {row["pose_id"] for row in document["annotations"]} == {1, 2, 3, 4}
     assert summary["left_out"] == {"with too few joints to draw a body": 1}
+    check_fields(tmp_path / "a/annotations.json")
     row = document["annotations"][0]
     spread = np.ptp(np.reshape(row["keypoints"], (17, 3))[:, :2], 0)
     assert abs(spread[0] / spread[1] - 60 / 174) < 0.03  # the given pose, its shape kept
