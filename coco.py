@@ -84,7 +84,7 @@ def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_picture
     )
     keep = (rows["iscrowd"] == 0) & ((people.keypoints[:, :, 2] > 0).sum(1) >= min_joints)
     people = people if keep.all() else people.take(keep)
-    bad = find_bad_pictures(people.folder, people.files, people.size) if check_pictures else []
+    bad = find_bad_pictures(people.folder, people.files, people.size, path) if check_pictures else []
     if len(bad) > max_bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         name, reason = bad[0]

@@ -54,6 +54,7 @@ KEYS = dict(
     annotations=Key([], "COCO keypoint JSON files, generated and real ones together"),
     images=Key([], "picture folder of each file (default: `images` beside it, or its own folder)"),
     shares=Key([], "share of each file in an epoch (default: every picture once)", "[silent]", of=float, low=0),
+    check_pictures=Key(True, "look at every picture at the start (remembered beside the annotations)", free=True),
     max_bad=Key(0, "missing, empty or truncated pictures that may be left out, counted", low=0),
     min_score=Key(MIN_SCORE, "joints visible from this score on, in files of scores", "[HRNet]", low=0.01, high=1),
     height=Key(256, "input height", "[HAP]", low=16),
@@ -170,7 +171,9 @@ def build_data(cfg, rank, world):
     people, dropped, bad, clipped, named = [], [], 0, 0, []
     for f, path in enumerate(cfg.annotations):
         folder = cfg.images[f] if cfg.images else None
-        file_people, notes = read_people(path, folder, max_bad=cfg.max_bad - bad, min_score=cfg.min_score)
+        file_people, notes = read_people(
+            path, folder, max_bad=cfg.max_bad - bad, check_pictures=cfg.check_pictures, min_score=cfg.min_score
+        )
         joints, parts = recognised(file_people.joints)
         if cfg.mask == "part" and parts < 3:
             raise UserError(

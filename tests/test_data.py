@@ -7,6 +7,8 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 
 import data
@@ -229,6 +231,69 @@ def test_bad_pictures_are_named_counted_and_left_out_up_to_max_bad(tmp_path):
     assert set(dataset.pose_id[batches.epoch_slots(0)].ravel()) == {3}
     with pytest.raises(UserError, match="pose 0 has 2 picture"):
         PoseBatches(dataset, 3, 3, [], 0)
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """Names of the pictures that find_bad_pictures looks at, as they come."""
+    names, fault = [], data.picture_fault
+    monkeypatch.setattr(data, "picture_fault", lambda path, size: (names.append(path[-7:]), fault(path, size))[1])
+    return names
+
+
+def test_pictures_are_looked_at_again_only_when_their_file_changed(tmp_path, looked_at):
+    path, memory = write_set(tmp_path), tmp_path / ".annotations.json.checked.json"
+
+    def looked():
+        looked_at.clear()
+        people, notes = read_people(path, max_bad=2)
+        return sorted(looked_at), notes["bad"]
+
+    names = [f"{i:03d}.jpg" for i in range(12)]
+    whole = (tmp_path / "images/003.jpg").read_bytes()
+    (tmp_path / "images/003.jpg").write_bytes(b"")
+    assert looked() == (names, ["003.jpg"]) and memory.exists()
+    assert looked() == (["003.jpg"], ["003.jpg"])  # bad ones every time, so that a mended one comes back
+    (tmp_path / "images/003.jpg").write_bytes(whole)
+    assert looked() == (["003.jpg"], [])
+    assert read_people(path, min_joints=17)[1]["bad"] == [] and looked() == (["003.jpg"], [])
+    os.utime(path, ns=(1, 1))
+    (tmp_path / "images/005.jpg").unlink()
+    assert looked() == (names, ["005.jpg"])
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    looked_at.clear()
+    assert read_people(path, tmp_path / "elsewhere", max_bad=1)[1]["bad"] == ["005.jpg"] and len(looked_at) == 12
+    (tmp_path / "elsewhere").rename(tmp_path / "images")
+    for damaged in ("", "[]", '{"bytes": 1}'):
+        memory.write_text(damaged)
+        assert looked() == (names, ["005.jpg"]) and looked() == (["005.jpg"], ["005.jpg"])
+    memory.unlink()
+    memory.mkdir()  # it cannot be written: nothing is remembered
+    assert looked() == looked() == (names, ["005.jpg"])
+
+
+def check_on_a_rank(rank, world, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
+    seen, fault = [], data.picture_fault
+    data.picture_fault = lambda path, size: (seen.append(path), fault(path, size))[1]
+    _, notes = read_people(folder / "annotations.json", max_bad=12)
+    again = len(seen)
+    read_people(folder / "annotations.json", max_bad=12)
+    (folder / f"rank{rank}").write_text(json.dumps([notes["bad"], sorted(seen[:again]), len(seen) - again]))
+    dist.destroy_process_group()
+
+
+def test_ranks_share_the_look_at_the_pictures_and_agree(tmp_path):
+    """11 pictures on 3 ranks: each is looked at once, and every rank knows of all bad ones, in the file's order."""
+    write_set(tmp_path, n_poses=11, per_pose=1)
+    for name in ("001.jpg", "006.jpg", "010.jpg"):
+        (tmp_path / "images" / name).write_bytes(b"")
+    mp.spawn(check_on_a_rank, (3, tmp_path), 3)
+    ranks = [json.loads((tmp_path / f"rank{r}").read_text()) for r in range(3)]
+    assert all(bad == ["001.jpg", "006.jpg", "010.jpg"] for bad, _, _ in ranks)
+    assert [len(seen) for _, seen, _ in ranks] == [4, 4, 3]
+    assert sorted(sum((seen for _, seen, _ in ranks), [])) == [f"{tmp_path}/images/{i:03d}.jpg" for i in range(11)]
+    assert [again for _, _, again in ranks] == [1, 1, 1]
 
 
 def test_pictures_by_relative_and_absolute_names(tmp_path, monkeypatch):

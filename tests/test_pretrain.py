@@ -230,6 +230,10 @@ def test_truncated_picture_is_named_before_anything_is_written(tmp_path):
     done = run_script("pretrain.py", *arguments([path], tmp_path / "run"))
     assert done.returncode == 2 and "003.jpg" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+    done = run_script("pretrain.py", *arguments([path], tmp_path / "run"), ranks=2)
+    assert done.returncode and f"] error: {tmp_path}/set/images/003.jpg is damaged" in done.stderr
+    done = run_script("pretrain.py", *arguments([path], tmp_path / "run", "check_pictures=false"))
+    assert done.returncode == 2 and "cannot read picture" in done.stderr.splitlines()[-1]  # as it is loaded
 
 
 def test_damaged_or_foreign_checkpoints(sets, plain, tmp_path):
