@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from common import PICTURE, seed_of
 from config import UserError
@@ -37,12 +37,19 @@ class Chunks(Dataset):
         units = self.units[number * self.cfg.chunk : (number + 1) * self.cfg.chunk]
         return write_chunk(self.cfg, number, *self.make(units), self.folder)
 
+    def made(self, numbers, workers):
+        """Iterate over the chunks of these numbers, made by so many processes (0: by this one)."""
+        one = dict(batch_size=None, collate_fn=int)  # a chunk at a time
+        start = dict(num_workers=workers, worker_init_fn=end_with_main)
+        return DataLoader(self, sampler=numbers, **one, **start)
+
 
 def end_with_main(worker):
-    """worker_init_fn: a DataLoader's worker ends with its main process, at once and even if that was killed.
+    """worker_init_fn: a DataLoader's worker ends with its main process, even if that was killed.
 
-    Whoever restarts it does the worker's chunk. Holds under fork, forkserver and spawn: the main process keeps the end
-    of a pipe open. torch looks at the parent's id, under forkserver the fork server's, and there would wait for ever.
+    Whoever restarts it does the worker's chunk. Holds under fork, forkserver and spawn: the main
+    process keeps the end of a pipe open. torch itself looks at the parent's id, which under
+    forkserver is the fork server's, and would wait for ever.
     """
     main = multiprocessing.parent_process()
     threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()

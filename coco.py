@@ -42,14 +42,23 @@ def _is_column(value):
     return isinstance(value, np.ndarray)
 
 
-def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_pictures=True, min_score=MIN_SCORE):
+def read_people(
+    annotations,
+    folder=None,
+    min_joints=0,
+    max_bad=0,
+    check_pictures=True,
+    min_score=MIN_SCORE,
+):
     """Read a COCO keypoint JSON with any joint set. `folder` defaults to `images` beside it, or else its own folder.
 
-    Rows of the first category with keypoints count. Names of joints are respelt as COCO's (data.joint_name); scores
-    in place of visibilities become such (see `visibility`). Crowd annotations and people with fewer than `min_joints`
-    joints are left out. Pictures that are missing, empty, truncated or of another size than the file says are an error
-    that names the first; with `max_bad` > 0 up to that many are left out instead.
-    → (People, {"bad": [names left out], "clipped": boxes cut to their picture, "scores": the file holds scores}).
+    Rows of the first category with keypoints count. Names of joints are respelt as COCO's
+    (data.joint_name); scores in place of visibilities become such (see `visibility`).
+    Crowd annotations and people with fewer than `min_joints` joints
+    are left out. Pictures that are missing, empty, truncated or of another size than the file says are an error that
+    names the first; with `max_bad` > 0 up to that many are left out instead.
+    → (People, {"bad": [names left out], "clipped": boxes cut to their picture, "scores": it holds
+    scores}).
     Raises UserError: not such a file, ids that do not match or stand twice, a wrong keypoint count, a number that is
     not finite, a visibility that is none, a box without area or outside its picture, nobody left.
     """
@@ -58,7 +67,8 @@ def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_picture
     category, joints, skeleton = _person_category(document, path)
     size, files = np.array(rows.pop("size"), np.int32).reshape(-1, 2), np.array(rows.pop("file"), dtype=np.bytes_)
     rows = _rows_of(rows, int(category["id"]), len(joints), path)
-    rows["keypoints"][:, :, 2], scores = visibility(rows["keypoints"][:, :, 2], min_score, rows["id"], path)
+    seen = rows["keypoints"][:, :, 2]
+    seen[:], scores = visibility(seen, min_score, rows["id"], path)
     ids = rows["image_id"].tolist()
     image = np.fromiter((images.get(i, -1) for i in ids), np.int64, len(ids))  # its row among the images
     if image.min() < 0:
@@ -84,7 +94,9 @@ def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_picture
     )
     keep = (rows["iscrowd"] == 0) & ((people.keypoints[:, :, 2] > 0).sum(1) >= min_joints)
     people = people if keep.all() else people.take(keep)
-    bad = find_bad_pictures(people.folder, people.files, people.size, path) if check_pictures else []
+    bad = []
+    if check_pictures:
+        bad = find_bad_pictures(people.folder, people.files, people.size, path)
     if len(bad) > max_bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         name, reason = bad[0]
@@ -161,7 +173,8 @@ def _person_category(document, path):
         ) from None
     twice = sorted({name for name in joints if joints.count(name) > 1})
     if twice:
-        raise UserError(f"{path}: its category names the joint {twice[0]} twice: {category['keypoints']!r:.300}")
+        names = f"{category['keypoints']!r:.300}"
+        raise UserError(f"{path}: its category names the joint {twice[0]} twice: {names}")
     return category, joints, [link for link in links if 0 <= min(link) and max(link) < len(joints)]
 
 
@@ -198,10 +211,10 @@ def _rows_of(rows, category_id, k, path):
 
 
 def visibility(values, min_score, ids, path):
-    """Third column of keypoints, (N, K) as read → (0 missing, 1 hidden, 2 visible; whether it was scores).
+    """Third column of keypoints (N, K) as read → (0 missing, 1 hidden, 2 visible; was it scores?).
 
-    Where any value of a file is no whole number, they are scores of a pose estimator, all from 0 to 1:
-    a joint of `min_score` or more is visible, another one missing. Else they are 0, 1 and 2 already.
+    Where any value of a file is no whole number, they are scores of a pose estimator, all from
+    0 to 1: a joint of `min_score` or more is visible, another one missing. Else they are 0, 1, 2.
     """
     scores = bool((values != np.rint(values)).any())
     wrong = (values < 0) | (values > (1 if scores else 2))

@@ -141,9 +141,11 @@ def find_bad_pictures(folder, files, sizes=None, source=None):
     for row, name in enumerate(files.tolist()):
         rows.setdefault(name, row)
     memory = read_memory(source) if source else {"checked": {}}
-    about = os.path.realpath(folder).encode() + files.tobytes() + (b"" if sizes is None else sizes.tobytes())
+    about = os.path.realpath(folder).encode() + files.tobytes()
+    about += b"" if sizes is None else sizes.tobytes()
     key = hashlib.sha256(about).hexdigest()
-    known = gather_rows([memory["checked"].get(key)], world)[0]  # rank 0's: all share out the same pictures
+    # Rank 0's memory counts, so that all share out the same pictures.
+    known = gather_rows([memory["checked"].get(key)], world)[0]
     names = [name for name in rows if known is None or name.decode() in known]
 
     def look(names):
@@ -154,12 +156,13 @@ def find_bad_pictures(folder, files, sizes=None, source=None):
         return [(name, reason) for name, reason in faults if reason]
 
     own = [names[i] for i in rank_share(len(names), rank, world)]
-    with ThreadPoolExecutor(16) as pool:  # pictures that are not in the cache wait for the disk together
+    with ThreadPoolExecutor(16) as pool:  # pictures not in the cache wait for the disk together
         parts = list(pool.map(look, (own[i : i + 256] for i in range(0, len(own), 256))))
     bad = gather_rows([fault for part in parts for fault in part], world)
     if source and rank == 0 and known is None:
         memory["checked"][key] = [name for name, _ in bad]
-        with contextlib.suppress(OSError, UserError):  # where it cannot be written, the next start looks at all
+        # Where it cannot be written, the next start looks at all of them again.
+        with contextlib.suppress(OSError, UserError):
             write_json(memory_path(source), memory)
     return bad
 
@@ -169,11 +172,12 @@ def memory_path(source):
 
 
 def read_memory(source):
-    """What earlier starts found in the pictures of `source`, or nothing if it is not the same file any more.
+    """What earlier starts found in the pictures of `source`; nothing if the file has changed.
 
-    → {"bytes", "time_ns": of source, "checked": {key of pictures and folder: names of the bad ones}}.
+    → {"bytes", "time_ns": of source, "checked": {key of pictures and folder: names of bad ones}}.
     """
-    fresh = {"bytes": os.stat(source).st_size, "time_ns": os.stat(source).st_mtime_ns, "checked": {}}
+    about = os.stat(source)
+    fresh = {"bytes": about.st_size, "time_ns": about.st_mtime_ns, "checked": {}}
     try:
         old = json.loads(memory_path(source).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -96,14 +96,18 @@ def load_painter(cfg, device):
     pipe = from_folder_or_hub(cfg.model, "model", load)
     pipe.scheduler = sampler(cfg.scheduler, pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    pipe.vae.enable_slicing()  # decoded one by one: at once, each further picture of 512² takes .7 GB in float32
+    # Pictures are decoded one by one: at once, each further one of 512² takes .7 GB in float32.
+    pipe.vae.enable_slicing()
     torch.backends.cudnn.deterministic = True
     return pipe.to(device, precision(cfg, device))
 
 
 def precision(cfg, device):
-    """The pipeline's dtype. auto: bf16 where a GPU multiplies it in hardware (from Ampere on), fp16 on an older one,
-    such as T4 and V100, float32 on the CPU. fp16 overflows beyond 65,504: `paint` refuses what comes of it."""
+    """The pipeline's dtype. auto: bf16 where a GPU multiplies it in hardware (from Ampere on), fp16
+    on an older one (V100, T4), float32 on the CPU.
+
+    fp16 overflows beyond 65,504: `paint` refuses what comes of it.
+    """
     chosen = cfg.precision
     if chosen == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -143,8 +147,11 @@ def paint(pipe, cfg, conditions, prompts, seeds, size):
     )
     flagged = result.nsfw_content_detected or [False] * len(prompts)
     # Not finite: an overflow in fp16. Black: what the safety checker leaves behind.
-    refused = [bad or not np.isfinite(p).all() or p.max() < 0.5 / 255 for p, bad in zip(result.images, flagged)]
-    return [None if bad else pipe.numpy_to_pil(p)[0] for p, bad in zip(result.images, refused)]
+    made = []
+    for picture, bad in zip(result.images, flagged):
+        good = not bad and np.isfinite(picture).all() and picture.max() > 0.5 / 255
+        made.append(pipe.numpy_to_pil(picture)[0] if good else None)
+    return made
 
 
 # --------------------------------------------------------------------------------------------------- one source picture
@@ -166,7 +173,8 @@ class Scene:
         self.pose_ids = people.annotation_id[rows].tolist()
         self.size = tuple(painted_size(people.size[rows[0]], cfg.resolution).tolist())
         self.scale = np.array(self.size) / people.size[rows[0]]
-        self.condition = DRAW[cfg.backend, cfg.condition](self.moved(people.keypoints[everybody]), self.size)
+        draw = DRAW[cfg.backend, cfg.condition]
+        self.condition = draw(self.moved(people.keypoints[everybody]), self.size)
         self.keypoints = self.moved(people.keypoints[rows])
         self.boxes = people.boxes[rows] * np.tile(self.scale, 2)
         self.areas = people.area[rows] * self.scale.prod()
@@ -238,9 +246,8 @@ def paint_chunk(cfg, scenes, pipe, auditor):
     rows = []
     for pose in (pose for scene in scenes for pose in scene.pose_ids):
         mine = [filled[pose, k] for k in range(cfg.pictures_per_pose) if (pose, k) in filled]
-        reason = (
-            "refused by the audit" if auditor and pose in seen else "not finite, black or refused by the safety checker"
-        )
+        reason = "not finite, black or refused by the safety checker"
+        reason = "refused by the audit" if auditor and pose in seen else reason
         rows += mine if len(mine) == cfg.pictures_per_pose else [(None, {"pose_id": pose, "skipped": reason})]
     return rows, retried
 

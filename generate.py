@@ -7,7 +7,7 @@ puppet (puppet.py: drawn people, no weights, no network; here person and scene c
 In:   COCO keypoint JSON (the pictures themselves are not needed) + captions JSON, prompt template or prompt file;
       or, for the puppet alone, nothing: it samples poses.
 Out:  images/POSE_K.jpg one person each; annotations.json (COCO-17 keypoints, pose_id, caption, seed, sources, oks);
-      sheet.png (row = pose, its drawn condition first); summary.json. Every field: docs/annotations.md.
+      sheet.png (row = pose, its drawn condition first); summary.json. Fields: docs/annotations.md.
       task people (puppet): people by several cameras in the other stages' official layouts; see people_set.py.
 
     python generate.py --cfg configs/generate_demo.yaml                          # puppet, on a laptop
@@ -32,12 +32,11 @@ from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader
 
 import people_set
 import pictures
 import puppet
-from chunks import Chunks, encoded, end_with_main, person_row, picture_seed, put, read_records, record_path, recorded
+from chunks import Chunks, encoded, person_row, picture_seed, put, read_records, record_path, recorded
 from coco import MIN_SCORE, read_people
 from common import PROMPT, WORDING, Log, open_run, rng_of, start_ranks, write_atomic
 from config import Key, UserError, read_config, run_stage
@@ -59,7 +58,7 @@ KEYS = {
     "pictures_per_pose": Key(5, "K, pictures of each pose", "[paper, inferred]", low=1),
     "poses": Key(0, "take the first so many poses; 0: all (the sampling puppet needs a number)", low=0),
     "first_pose": Key(0, "number of the first sampled pose; of given ones: how many to pass over", low=0),
-    "min_score": Key(MIN_SCORE, "where annotations hold scores for visibilities: joints from here on are visible",
+    "min_score": Key(MIN_SCORE, "joints visible from this score on, where annotations hold scores",
                      "[HRNet] [ViTPose]", low=0.01, high=1),
     "min_joints": Key(1, "leave out people with fewer labelled joints", "[silent]", low=1, high=17),
     "min_side": Key(0, "leave out people whose crop would have a shorter side, px", "[silent]", low=0),
@@ -73,7 +72,7 @@ KEYS = {
     "steps": Key(20, "denoising steps", "[DPM-Solver++] 15 to 20; [T2I-Adapter] 50 of ddim", low=1),
     "guidance": Key(7.5, "classifier-free guidance", "[T2I-Adapter]", low=0.0),
     "adapter_weight": Key(1.0, "strength of the condition", "[T2I-Adapter]", low=0.0),
-    "precision": Key("auto", "auto: bf16 where the GPU has it in hardware, else fp16 on CUDA, fp32 on the CPU",
+    "precision": Key("auto", "auto: bf16; fp16 on a GPU without it in hardware; fp32 on the CPU",
                      "ours", ("auto", "fp32", "bf16", "fp16")),
     "batch": Key(8, "whole pictures painted at once; another value changes the last bits", low=1),
     "retries": Key(3, "further seeds for a picture the safety checker or the audit refuses", low=0),
@@ -107,10 +106,10 @@ def check_config(cfg):
     if cfg.task == "people":
         return people_set.check(cfg)
     if cfg.backend == "puppet":
-        unread = ("captions", "prompt_template", "prompt_file", "negative_prompt", "model", "adapter", "condition")
-        for name in unread:
+        prompts = ("captions", "prompt_template", "prompt_file", "negative_prompt")
+        for name in (*prompts, "model", "adapter", "condition"):
             if getattr(cfg, name) != KEYS[name].default:
-                raise UserError(f"the puppet draws without {name} (its captions are its own): leave {name} out")
+                raise UserError(f"the puppet draws, and says what, without {name}: leave it out")
         if cfg.annotations is None and cfg.poses == 0:
             raise UserError("the puppet samples poses where annotations is none: say how many with poses=")
         return
@@ -127,10 +126,11 @@ def check_config(cfg):
 
 
 def read_poses(cfg):
-    """→ (People with COCO-17 joints, everybody; rows (n,) to make pictures of; Counter of people left out and why;
-    a sentence about what was read)."""
+    """→ (People with COCO-17 joints, everybody; rows (n,) to make pictures of;
+    Counter of people left out and why; a sentence about what was read)."""
     people, notes = read_people(cfg.annotations, check_pictures=False, min_score=cfg.min_score)
-    about = f"{len(people.files)} people, {recognised(people.joints)[0]} of COCO's 17 joints recognised"
+    known, _ = recognised(people.joints)
+    about = f"{len(people.files)} people, {known} of COCO's 17 joints recognised"
     about += f", visible from a score of {cfg.min_score:g}" if notes["scores"] else ""
     if set(puppet.LSP_JOINTS) <= set(people.joints):
         joints = puppet.lsp_to_coco(people.keypoints[:, [people.joints.index(name) for name in puppet.LSP_JOINTS]])
@@ -243,8 +243,9 @@ def write_annotations(cfg, count):
 
     def write(path):
         with open(path, "w", encoding="utf-8") as file:
-            info = {"description": f"generate.py, {cfg.backend}, seed {cfg.seed}; fields: docs/annotations.md"}
-            file.write(f'{{"info": {json.dumps(info)},\n"categories": {json.dumps([COCO_CATEGORY])},\n"images": [')
+            info = f"generate.py, {cfg.backend}, seed {cfg.seed}; fields: docs/annotations.md"
+            file.write(f'{{"info": {json.dumps({"description": info})},\n')
+            file.write(f'"categories": {json.dumps([COCO_CATEGORY])},\n"images": [')
             for i, row in rows():
                 image = {"id": i, "file_name": row["file_name"], "width": row["size"][0], "height": row["size"][1]}
                 file.write((",\n" if i > 1 else "\n") + json.dumps(image))
@@ -307,10 +308,7 @@ def main():
     start, before, pictures_made = time.perf_counter(), recorded(cfg), 0
     log = Log(out, count, before, rank, "generate")
     log.say(f"{about}; {before} of {count} chunks are there")
-    loader = DataLoader(
-        chunks, batch_size=None, sampler=mine, num_workers=workers, collate_fn=int, worker_init_fn=end_with_main
-    )
-    for pictures_here in loader:
+    for pictures_here in chunks.made(mine, workers):
         pictures_made += pictures_here
         if rank == 0:
             log.bar.update(recorded(cfg) - log.bar.n)
@@ -326,8 +324,8 @@ def main():
 
 
 def plan(cfg, device):
-    """→ (units of work, make(units) → ([(picture or None, row)], pictures painted again), Counter of people left out,
-    a sentence about what was read).
+    """→ (units of work, make(units) → ([(picture or None, row)], pictures painted again),
+    Counter of people left out, a sentence about what was read).
 
     A unit is a person, a pose number, a row of `people`, or a source picture's id.
     """

@@ -45,12 +45,12 @@ OPENPOSE_COLOURS = [
 
 
 def draw_keypose(people, size):
-    """Condition of the keypose T2I-Adapter: black canvas, joints of radius 2, links 3 px wide [T2I-Adapter].
+    """Condition of the keypose T2I-Adapter: black canvas, joints of radius 2, links 3 px wide.
 
-    3 px are what OpenCV covers for the thickness 2 of its annotator.
+    [T2I-Adapter]; 3 px are what OpenCV covers for the thickness 2 of its annotator.
     people: sequence of (17, 3) arrays, COCO-17 order, x and y in pixels, score or visibility. size: (W, H).
     """
-    # deviates from T2I-Adapter: its annotator draws the first two people, ours draws everyone in the picture.
+    # deviates from T2I-Adapter: its annotator draws the first two people, ours everyone.
     canvas = Image.new("RGB", size)
     draw = ImageDraw.Draw(canvas)
     for person in people:
@@ -64,10 +64,11 @@ def draw_keypose(people, size):
 
 
 def draw_openpose(people, size, blend=False):
-    """Condition of the openpose ControlNet: limbs of colour × 0.6, joints of radius 4 over them [ControlNet] 1.1.
+    """Condition of ControlNet 1.1's openpose: limbs of colour × 0.6, joints of radius 4 over them.
 
     people: sequence of (17, 3) arrays, COCO-17 order. The neck is the middle of the shoulders, only if both are seen.
-    blend: the openpose T2I-Adapter's: joints first, each limb blended over what is there, 0.6 to 0.4 [T2I-Adapter].
+    blend: of the openpose T2I-Adapter: joints first, then each limb blended over what is there,
+    0.6 of it to 0.4.
     """
     canvas, opacity = Image.new("RGB", size), round(0.6 * 255)
     draw = ImageDraw.Draw(canvas, "RGBA" if blend else "RGB")
@@ -104,7 +105,7 @@ def _joints(person, count):
 
 
 def _dot(draw, xy, radius, colour):
-    """The disc of OpenCV: every pixel within `radius`. Pillow's own ellipse is rounder, 21 px for 13 of radius 2."""
+    """OpenCV's disc: all pixels within `radius`, 13 for 2. Pillow's own ellipse would cover 21."""
     x, y = int(xy[0]), int(xy[1])
     for row in range(-radius, radius + 1):
         half = math.isqrt(radius**2 - row**2)
@@ -112,10 +113,11 @@ def _dot(draw, xy, radius, colour):
 
 
 def _ellipse(a, b, half_width, corners=72):
-    """Corners of the ellipse whose long axis runs from a to b, in whole pixels and degrees as the annotators' are."""
+    """Corners of an ellipse, its long axis from a to b; whole pixels and degrees [OpenPose]."""
     middle, length = np.trunc((a + b) / 2), int(np.linalg.norm(b - a) / 2)
     angle = math.radians(int(math.degrees(math.atan2(*(a - b)[::-1]))))
-    along, across = np.array([math.cos(angle), math.sin(angle)]), np.array([-math.sin(angle), math.cos(angle)])
+    along = np.array([math.cos(angle), math.sin(angle)])
+    across = np.array([-along[1], along[0]])
     turn = np.linspace(0, 2 * math.pi, corners, endpoint=False)[:, None]
     points = middle + np.cos(turn) * along * length + np.sin(turn) * across * half_width
     return [tuple(p) for p in points.round()]

@@ -138,9 +138,9 @@ def measured(people, path, max_bad):
 
 
 def coco_document(people, keypoints=None, joint_scores=None, score=None):
-    """People → COCO keypoint JSON; optionally other keypoints (N, K, 3), joint scores (N, K) and scores (N,).
+    """People → COCO keypoint JSON (its fields: docs/annotations.md).
 
-    Its fields: docs/annotations.md."""
+    Optionally other keypoints (N, K, 3), joint scores (N, K) and scores (N,)."""
     keypoints = people.keypoints if keypoints is None else keypoints
     images, annotations = {}, []
     for n in range(len(people.files)):
@@ -156,7 +156,8 @@ def coco_document(people, keypoints=None, joint_scores=None, score=None):
     skeleton = [[a + 1, b + 1] for a, b in people.skeleton]
     category = {"id": 1, "name": "person", "supercategory": "person", "keypoints": people.joints, "skeleton": skeleton}
     info = {"description": "people and their joints; fields: docs/annotations.md"}
-    return {"info": info, "images": list(images.values()), "annotations": annotations, "categories": [category]}
+    document = {"info": info, "images": list(images.values()), "annotations": annotations}
+    return document | {"categories": [category]}
 
 
 def read_folder(folder, joints, skeleton, max_bad=0):

@@ -30,11 +30,12 @@ def data_root():
 
 
 def check_fields(path):
-    """Our COCO keypoint file is one for pycocotools, and docs/annotations.md describes every field of it."""
+    """Our COCO file is one for pycocotools, and docs/annotations.md describes its fields."""
     coco = COCO(str(path))
     coco.info()
     assert coco.dataset["info"]["description"] and coco.getAnnIds()
-    described = set(re.findall(r"`(\w+)`", (ROOT / "docs/annotations.md").read_text(encoding="utf-8")))
+    text = (ROOT / "docs/annotations.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"`(\w+)`", text))
     for kind in ("images", "annotations", "categories"):
         assert {name for entry in coco.dataset[kind] for name in entry} <= described
 

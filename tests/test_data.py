@@ -82,7 +82,8 @@ SPELLINGS = {  # side and joint → name; the last one spells the two sides diff
 def test_joints_spelt_otherwise_are_the_same_joints(tmp_path, name):
     def change(document):
         sides = (joint.split("_") for joint in data.COCO_JOINTS[1:])
-        document["categories"][0]["keypoints"] = ["Nose", *(SPELLINGS[name](*pair) for pair in sides)]
+        names = ["Nose", *(SPELLINGS[name](*pair) for pair in sides)]
+        document["categories"][0]["keypoints"] = names
 
     people, _ = read_people(changed_set(tmp_path, change))
     whole, _ = read_people(write_set(tmp_path / "whole"))
@@ -92,11 +93,12 @@ def test_joints_spelt_otherwise_are_the_same_joints(tmp_path, name):
 
 def test_names_that_are_not_of_a_limb_stay(tmp_path):
     names = "Head top,neck,pelvis,upper_neck,head_bottom,leftover,lateral_left_hip,L_heel,nez,左肩"
-    expected = "head_top neck pelvis upper_neck head_bottom leftover lateral_left_hip l_heel nez 左肩".split()
-    assert [data.joint_name(name) for name in names.split(",")] == expected
+    expected = "head_top,neck,pelvis,upper_neck,head_bottom,leftover,lateral_left_hip,l_heel,nez,左肩"
+    assert [data.joint_name(name) for name in names.split(",")] == expected.split(",")
     joints = ["left_" + joint for joint in "shoulder elbow wrist hip knee ankle".split()]
-    joints += [joint.replace("left", "right") for joint in joints]  # AIC, CrowdPose, MPII and LSP name these
-    assert data.recognised([*joints, "head_top", "neck"]) == (12, 5) and data.recognised(data.COCO_JOINTS) == (17, 6)
+    joints += [joint.replace("left", "right") for joint in joints]
+    assert data.recognised([*joints, "head_top", "neck"]) == (12, 5)  # AIC, CrowdPose, MPII, LSP
+    assert data.recognised(data.COCO_JOINTS) == (17, 6)
     assert data.recognised(["nose", "lower_back", "right_hip"]) == (2, 0)
 
     def change(document):
@@ -117,9 +119,8 @@ def test_scores_become_visibilities_on_reading(tmp_path):
     path = changed_set(tmp_path, change)
     for more, least in (({}, 0.2), ({"min_score": 0.6}, 0.6)):
         people, notes = read_people(path, **more)
-        assert (
-            people.keypoints[3, :, 2].tolist() == [2 if score >= least else 0 for score in scores] and notes["scores"]
-        )
+        seen = [2 if score >= least else 0 for score in scores]
+        assert people.keypoints[3, :, 2].tolist() == seen and notes["scores"]
     assert np.array_equal(people.keypoints[0, :, :2], keypoints[:, :2])
     with pytest.raises(UserError, match="all of its 12 annotations"):
         read_people(path, min_joints=13)  # of scores of at least .2 there are 12
@@ -128,9 +129,9 @@ def test_scores_become_visibilities_on_reading(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"keypoints": [1, 2, 3] * 17}, "annotation 100 has v = 3 at joint 1; needed: 0, 1, 2, or scores"),
+        ({"keypoints": [1, 2, 3] * 17}, "100 has v = 3 at joint 1; needed: 0, 1, 2, or scores"),
         ({"keypoints": [1, 2, 2] * 16 + [1, 2, -1]}, "annotation 100 has v = -1 at joint 17"),
-        ({"keypoints": [1, 2, 0.5] * 17}, "annotation 101 has v = 2 at joint 1; .* 0 to 1, for the file holds scores"),
+        ({"keypoints": [1, 2, 0.5] * 17}, "101 has v = 2 at joint 1; .* 0 to 1, for the file"),
         ({"keypoints": [1, 2, 1.02] * 17}, "annotation 100 has v = 1.02 at joint 1"),
         ({"image_id": 77}, "image id 77"),
         ({"bbox": [400, 0, 10, 10]}, "outside"),
@@ -237,7 +238,12 @@ def test_bad_pictures_are_named_counted_and_left_out_up_to_max_bad(tmp_path):
 def looked_at(monkeypatch):
     """Names of the pictures that find_bad_pictures looks at, as they come."""
     names, fault = [], data.picture_fault
-    monkeypatch.setattr(data, "picture_fault", lambda path, size: (names.append(path[-7:]), fault(path, size))[1])
+
+    def noted(path, size):
+        names.append(path[-7:])
+        return fault(path, size)
+
+    monkeypatch.setattr(data, "picture_fault", noted)
     return names
 
 
@@ -253,7 +259,7 @@ def test_pictures_are_looked_at_again_only_when_their_file_changed(tmp_path, loo
     whole = (tmp_path / "images/003.jpg").read_bytes()
     (tmp_path / "images/003.jpg").write_bytes(b"")
     assert looked() == (names, ["003.jpg"]) and memory.exists()
-    assert looked() == (["003.jpg"], ["003.jpg"])  # bad ones every time, so that a mended one comes back
+    assert looked() == (["003.jpg"], ["003.jpg"])  # bad ones every time: a mended one comes back
     (tmp_path / "images/003.jpg").write_bytes(whole)
     assert looked() == (["003.jpg"], [])
     assert read_people(path, min_joints=17)[1]["bad"] == [] and looked() == (["003.jpg"], [])
@@ -262,7 +268,8 @@ def test_pictures_are_looked_at_again_only_when_their_file_changed(tmp_path, loo
     assert looked() == (names, ["005.jpg"])
     (tmp_path / "images").rename(tmp_path / "elsewhere")
     looked_at.clear()
-    assert read_people(path, tmp_path / "elsewhere", max_bad=1)[1]["bad"] == ["005.jpg"] and len(looked_at) == 12
+    _, notes = read_people(path, tmp_path / "elsewhere", max_bad=1)
+    assert notes["bad"] == ["005.jpg"] and len(looked_at) == 12
     (tmp_path / "elsewhere").rename(tmp_path / "images")
     for damaged in ("", "[]", '{"bytes": 1}'):
         memory.write_text(damaged)
@@ -273,18 +280,19 @@ def test_pictures_are_looked_at_again_only_when_their_file_changed(tmp_path, loo
 
 
 def check_on_a_rank(rank, world, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
+    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=world)
     seen, fault = [], data.picture_fault
     data.picture_fault = lambda path, size: (seen.append(path), fault(path, size))[1]
     _, notes = read_people(folder / "annotations.json", max_bad=12)
     again = len(seen)
     read_people(folder / "annotations.json", max_bad=12)
-    (folder / f"rank{rank}").write_text(json.dumps([notes["bad"], sorted(seen[:again]), len(seen) - again]))
+    found = [notes["bad"], sorted(seen[:again]), len(seen) - again]
+    (folder / f"rank{rank}").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 def test_ranks_share_the_look_at_the_pictures_and_agree(tmp_path):
-    """11 pictures on 3 ranks: each is looked at once, and every rank knows of all bad ones, in the file's order."""
+    """11 pictures on 3 ranks: each is looked at once, and all know of all bad ones, in order."""
     write_set(tmp_path, n_poses=11, per_pose=1)
     for name in ("001.jpg", "006.jpg", "010.jpg"):
         (tmp_path / "images" / name).write_bytes(b"")
@@ -292,7 +300,8 @@ def test_ranks_share_the_look_at_the_pictures_and_agree(tmp_path):
     ranks = [json.loads((tmp_path / f"rank{r}").read_text()) for r in range(3)]
     assert all(bad == ["001.jpg", "006.jpg", "010.jpg"] for bad, _, _ in ranks)
     assert [len(seen) for _, seen, _ in ranks] == [4, 4, 3]
-    assert sorted(sum((seen for _, seen, _ in ranks), [])) == [f"{tmp_path}/images/{i:03d}.jpg" for i in range(11)]
+    seen = sorted(sum((seen for _, seen, _ in ranks), []))
+    assert seen == [f"{tmp_path}/images/{i:03d}.jpg" for i in range(11)]
     assert [again for _, _, again in ranks] == [1, 1, 1]
 
 
