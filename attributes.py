@@ -52,7 +52,7 @@ def read_attributes(cfg):
         missing = [file for file in split.files if not os.path.isfile(file)]
         if missing:
             raise UserError(f"{missing[0]} is missing (and {len(missing) - 1} more {kind} pictures); set images=")
-        refuse_bad_pictures("", as_bytes("", split.files))
+        refuse_bad_pictures("", as_bytes("", split.files), cfg.annotation or getattr(cfg, kind))
     counts = {kind: len(split.files) for kind, split in splits.items()}
     if not counts["train"] or not counts["test"]:
         raise UserError(f"{cfg.annotation or cfg.train}: a split is empty, {counts}")

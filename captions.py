@@ -68,7 +68,8 @@ def read_captions(path, folder=None):
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"{path} names the picture {missing[0]}, which is missing{more}; set images=")
-    refuse_bad_pictures("", as_bytes("", [file for part in rows.values() for file, _, _ in part]))
+    files = [file for part in rows.values() for file, _, _ in part]
+    refuse_bad_pictures("", as_bytes("", files), path)
     return {split: as_split(part) if part else None for split, part in rows.items()}
 
 

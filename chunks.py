@@ -11,11 +11,13 @@ import contextlib
 import errno
 import io
 import json
+import multiprocessing
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from common import PICTURE, seed_of
 from config import UserError
@@ -29,13 +31,28 @@ class Chunks(Dataset):
     """
 
     def __init__(self, cfg, units, make, folder):
-        self.cfg, self.units, self.make, self.folder, self.parent = cfg, units, make, folder, os.getpid()
+        self.cfg, self.units, self.make, self.folder = cfg, units, make, folder
 
     def __getitem__(self, number):
-        if os.getpid() != self.parent != os.getppid():
-            os._exit(1)  # the main process was killed: whoever restarts it does this chunk
         units = self.units[number * self.cfg.chunk : (number + 1) * self.cfg.chunk]
         return write_chunk(self.cfg, number, *self.make(units), self.folder)
+
+    def made(self, numbers, workers):
+        """Iterate over the chunks of these numbers, made by so many processes (0: by this one)."""
+        one = dict(batch_size=None, collate_fn=int)  # a chunk at a time
+        start = dict(num_workers=workers, worker_init_fn=end_with_main)
+        return DataLoader(self, sampler=numbers, **one, **start)
+
+
+def end_with_main(worker):
+    """worker_init_fn: a DataLoader's worker ends with its main process, even if that was killed.
+
+    Whoever restarts it does the worker's chunk. Holds under fork, forkserver and spawn: the main
+    process keeps the end of a pipe open. torch itself looks at the parent's id, which under
+    forkserver is the fork server's, and would wait for ever.
+    """
+    main = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
 
 
 def write_chunk(cfg, number, rows, retried, folder):

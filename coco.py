@@ -11,7 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from config import UserError
-from data import find_bad_pictures, flip_ids
+from data import find_bad_pictures, flip_ids, joint_name
+
+MIN_SCORE = 0.2  # HRNet and ViTPose count a joint into a pose's score from here [HRNet] [ViTPose]
 
 
 class People(NamedTuple):
@@ -40,21 +42,33 @@ def _is_column(value):
     return isinstance(value, np.ndarray)
 
 
-def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_pictures=True):
+def read_people(
+    annotations,
+    folder=None,
+    min_joints=0,
+    max_bad=0,
+    check_pictures=True,
+    min_score=MIN_SCORE,
+):
     """Read a COCO keypoint JSON with any joint set. `folder` defaults to `images` beside it, or else its own folder.
 
-    Rows of the first category with keypoints count. Crowd annotations and people with fewer than `min_joints` joints
+    Rows of the first category with keypoints count. Names of joints are respelt as COCO's
+    (data.joint_name); scores in place of visibilities become such (see `visibility`).
+    Crowd annotations and people with fewer than `min_joints` joints
     are left out. Pictures that are missing, empty, truncated or of another size than the file says are an error that
     names the first; with `max_bad` > 0 up to that many are left out instead.
-    → (People, {"bad": [names left out], "clipped": boxes cut to their picture}).
+    → (People, {"bad": [names left out], "clipped": boxes cut to their picture, "scores": it holds
+    scores}).
     Raises UserError: not such a file, ids that do not match or stand twice, a wrong keypoint count, a number that is
-    not finite, a box without area or outside its picture, nobody left.
+    not finite, a visibility that is none, a box without area or outside its picture, nobody left.
     """
     path = Path(annotations)
     images, rows, document = _parse_coco(path)
     category, joints, skeleton = _person_category(document, path)
     size, files = np.array(rows.pop("size"), np.int32).reshape(-1, 2), np.array(rows.pop("file"), dtype=np.bytes_)
     rows = _rows_of(rows, int(category["id"]), len(joints), path)
+    seen = rows["keypoints"][:, :, 2]
+    seen[:], scores = visibility(seen, min_score, rows["id"], path)
     ids = rows["image_id"].tolist()
     image = np.fromiter((images.get(i, -1) for i in ids), np.int64, len(ids))  # its row among the images
     if image.min() < 0:
@@ -80,7 +94,9 @@ def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_picture
     )
     keep = (rows["iscrowd"] == 0) & ((people.keypoints[:, :, 2] > 0).sum(1) >= min_joints)
     people = people if keep.all() else people.take(keep)
-    bad = find_bad_pictures(people.folder, people.files, people.size) if check_pictures else []
+    bad = []
+    if check_pictures:
+        bad = find_bad_pictures(people.folder, people.files, people.size, path)
     if len(bad) > max_bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         name, reason = bad[0]
@@ -90,7 +106,7 @@ def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_picture
     if not len(people.files):
         why = f"crowds, people with fewer than {min_joints} joint(s) or without a whole picture"
         raise UserError(f"{path}: all of its {len(ids)} annotations are {why}; look at the file")
-    return people, {"bad": [name for name, _ in bad], "clipped": clipped}
+    return people, {"bad": [name for name, _ in bad], "clipped": clipped, "scores": scores}
 
 
 def _parse_coco(path):
@@ -148,13 +164,17 @@ def _person_category(document, path):
         category = next((c for c in document["categories"] if c.get("keypoints")), None)
         if category is None:
             raise UserError(f'{path} is not a COCO keypoint file: no category lists its "keypoints"')
-        joints = [name.lower().replace(" ", "_") for name in category["keypoints"]]
+        joints = [joint_name(name) for name in category["keypoints"]]
         links = [(int(i) - 1, int(j) - 1) for i, j in category.get("skeleton") or []]
         int(category["id"])
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"{path} is not a COCO keypoint file: a category lacks a field or has a wrong one ({error!r})"
         ) from None
+    twice = sorted({name for name in joints if joints.count(name) > 1})
+    if twice:
+        names = f"{category['keypoints']!r:.300}"
+        raise UserError(f"{path}: its category names the joint {twice[0]} twice: {names}")
     return category, joints, [link for link in links if 0 <= min(link) and max(link) < len(joints)]
 
 
@@ -188,6 +208,24 @@ def _rows_of(rows, category_id, k, path):
     refuse(~good, lambda a: f"has box {rows['bbox'][a].tolist()}; finite x, y, w, h with w, h > 0 are needed")
     refuse(~np.isfinite(rows["area"]), lambda a: f"has area {rows['area'][a]}, which is not finite")
     return rows
+
+
+def visibility(values, min_score, ids, path):
+    """Third column of keypoints (N, K) as read → (0 missing, 1 hidden, 2 visible; was it scores?).
+
+    Where any value of a file is no whole number, they are scores of a pose estimator, all from
+    0 to 1: a joint of `min_score` or more is visible, another one missing. Else they are 0, 1, 2.
+    """
+    scores = bool((values != np.rint(values)).any())
+    wrong = (values < 0) | (values > (1 if scores else 2))
+    if wrong.any():
+        a, j = np.argwhere(wrong)[0]
+        need = "0, 1, 2, or scores in all of the file"
+        if scores:
+            need = "0 to 1, for the file holds scores (some values are no whole numbers)"
+        v = f"{values[a, j]:g}"
+        raise UserError(f"{path}: annotation {ids[a]} has v = {v} at joint {j + 1}; needed: {need}")
+    return np.where(values >= min_score, 2, 0) if scores else values, scores
 
 
 def _clip_boxes(boxes, size, ids, path):

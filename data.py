@@ -5,20 +5,24 @@ Frame: `*_px` coordinates count pixels with centres at whole numbers (COCO's fra
 A sample is a function of (seed, epoch, index) alone: worker count and world size change nothing.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from common import FLIP, SAMPLE, rng_of, seed_all
+from common import FLIP, SAMPLE, gather_rows, rank_share, rng_of, seed_all, write_json
 from config import UserError
-from masks import part_guided_mask  # noqa: F401  data.part_guided_mask is its public name
+from masks import PARTS, part_guided_mask  # noqa: F401  data.part_guided_mask is its public name
 
 COCO_JOINTS = (
     "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
@@ -39,6 +43,28 @@ def normalize(pictures):
 
 
 # ------------------------------------------------------------------------------------------------- joints and files
+
+
+SIDE, LIMB_JOINT = "(left|right|l|r)", "(eye|ear|shoulder|elbow|wrist|hip|knee|ankle)"
+
+
+def joint_name(name):
+    """A joint's name in COCO's spelling: "leftShoulder", "LShoulder", "Lshoulder", "l_shoulder",
+    "Left Shoulder" and "shoulder_left" are "left_shoulder". Others: lower case, underscores."""
+    name = re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
+    name = re.sub(r"[\W_]+", "_", name.lower()).strip("_")
+    found = re.fullmatch(f"{SIDE}_?{LIMB_JOINT}|{LIMB_JOINT}_?{SIDE}", name)
+    if not found:
+        return name
+    side, joint = found[1] or found[4], found[2] or found[3]
+    return {"l": "left", "r": "right"}[side[0]] + "_" + joint
+
+
+def recognised(joints):
+    """→ how many of COCO's 17 joints a joint set names, and how many of the six body parts that
+    guide masks have a link between two of them."""
+    ids = {j for j, name in enumerate(COCO_JOINTS) if name in joints}
+    return len(ids), sum(any(ids.issuperset(link) for link in part) for part in PARTS)
 
 
 def flip_ids(joints):
@@ -93,28 +119,70 @@ def as_bytes(folder, names):
         raise UserError(f"{os.path.join(folder, error.object)!r}: this name is not UTF-8; rename the file") from None
 
 
-def refuse_bad_pictures(folder, files):
-    """UserError names the first missing or damaged picture. files: (N,) bytes, paths below `folder`."""
-    bad = find_bad_pictures(folder, files)
+def refuse_bad_pictures(folder, files, source=None):
+    """UserError names the first missing or damaged picture. See find_bad_pictures."""
+    bad = find_bad_pictures(folder, files, source=source)
     if bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         raise UserError(f"{os.path.join(folder, bad[0][0])} is {bad[0][1]}{more}; mend or remove it")
 
 
-def find_bad_pictures(folder, files, sizes=None):
+def find_bad_pictures(folder, files, sizes=None, source=None):
     """[(name, reason)] of missing, empty or truncated pictures; with sizes (N, 2) also of those of another w, h.
 
-    files: (N,) bytes, paths below `folder`; each is looked at once.
+    files: (N,) bytes, paths below `folder`; each is looked at once. All ranks call this: they share
+    the work (machines hold the same pictures), and each gets the whole list.
+    source: the file that names the pictures. Where its folder can be written, `.NAME.checked.json`
+    there keeps what was found: until `source` has another size or time, a start looks again only at
+    pictures that were bad. One that goes bad later is named when it is loaded.
     """
-    bad, seen = [], set()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rows = {}  # name → its first row
     for row, name in enumerate(files.tolist()):
-        if name not in seen:
-            seen.add(name)
-            size = None if sizes is None else tuple(sizes[row].tolist())
-            reason = picture_fault(os.path.join(folder, name.decode()), size)
-            if reason:
-                bad.append((name.decode(), reason))
+        rows.setdefault(name, row)
+    memory = read_memory(source) if source else {"checked": {}}
+    about = os.path.realpath(folder).encode() + files.tobytes()
+    about += b"" if sizes is None else sizes.tobytes()
+    key = hashlib.sha256(about).hexdigest()
+    # Rank 0's memory counts, so that all share out the same pictures.
+    known = gather_rows([memory["checked"].get(key)], world)[0]
+    names = [name for name in rows if known is None or name.decode() in known]
+
+    def look(names):
+        faults = []
+        for name in names:
+            size = None if sizes is None else tuple(sizes[rows[name]].tolist())
+            faults.append((name.decode(), picture_fault(os.path.join(folder, name.decode()), size)))
+        return [(name, reason) for name, reason in faults if reason]
+
+    own = [names[i] for i in rank_share(len(names), rank, world)]
+    with ThreadPoolExecutor(16) as pool:  # pictures not in the cache wait for the disk together
+        parts = list(pool.map(look, (own[i : i + 256] for i in range(0, len(own), 256))))
+    bad = gather_rows([fault for part in parts for fault in part], world)
+    if source and rank == 0 and known is None:
+        memory["checked"][key] = [name for name, _ in bad]
+        # Where it cannot be written, the next start looks at all of them again.
+        with contextlib.suppress(OSError, UserError):
+            write_json(memory_path(source), memory)
     return bad
+
+
+def memory_path(source):
+    return Path(source).with_name(f".{Path(source).name}.checked.json")
+
+
+def read_memory(source):
+    """What earlier starts found in the pictures of `source`; nothing if the file has changed.
+
+    → {"bytes", "time_ns": of source, "checked": {key of pictures and folder: names of bad ones}}.
+    """
+    about = os.stat(source)
+    fresh = {"bytes": about.st_size, "time_ns": about.st_mtime_ns, "checked": {}}
+    try:
+        old = json.loads(memory_path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return fresh
+    return old if isinstance(old, dict) and fresh == old | {"checked": {}} else fresh
 
 
 def picture_fault(path, size=None):

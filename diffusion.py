@@ -44,7 +44,11 @@ SAMPLERS = {  # diffusers' class, and how it spreads the steps over time (its ow
     "pndm": ("PNDMScheduler", "leading"),
 }
 
-DRAW = {"keypose": pictures.draw_keypose, "openpose": pictures.draw_openpose}
+DRAW = {  # each as its network was trained
+    ("t2i_adapter", "keypose"): pictures.draw_keypose,
+    ("t2i_adapter", "openpose"): partial(pictures.draw_openpose, blend=True),
+    ("controlnet", "openpose"): pictures.draw_openpose,
+}
 
 # ------------------------------------------------------------------------------------------------------------- painting
 
@@ -92,9 +96,23 @@ def load_painter(cfg, device):
     pipe = from_folder_or_hub(cfg.model, "model", load)
     pipe.scheduler = sampler(cfg.scheduler, pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
+    # Pictures are decoded one by one: at once, each further one of 512² takes .7 GB in float32.
+    pipe.vae.enable_slicing()
     torch.backends.cudnn.deterministic = True
-    precision = ("bf16" if device.type == "cuda" else "fp32") if cfg.precision == "auto" else cfg.precision
-    return pipe.to(device, {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision])
+    return pipe.to(device, precision(cfg, device))
+
+
+def precision(cfg, device):
+    """The pipeline's dtype. auto: bf16 where a GPU multiplies it in hardware (from Ampere on), fp16
+    on an older one (V100, T4), float32 on the CPU.
+
+    fp16 overflows beyond 65,504: `paint` refuses what comes of it.
+    """
+    chosen = cfg.precision
+    if chosen == "auto":
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        chosen = "bf16" if native else "fp16" if device.type == "cuda" else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
 
 
 def sampler(name, config):
@@ -124,11 +142,16 @@ def paint(pipe, cfg, conditions, prompts, seeds, size):
         height=size[1],
         num_inference_steps=cfg.steps,
         guidance_scale=cfg.guidance,
+        output_type="np",  # (n, H, W, 3) in [0, 1]; in a PIL picture a NaN would be a black pixel
         **{strength: cfg.adapter_weight},
     )
     flagged = result.nsfw_content_detected or [False] * len(prompts)
-    # Black: what the safety checker leaves behind, and what an overflow in fp16 ends as.
-    return [None if bad or not np.asarray(p).any() else p for p, bad in zip(result.images, flagged)]
+    # Not finite: an overflow in fp16. Black: what the safety checker leaves behind.
+    made = []
+    for picture, bad in zip(result.images, flagged):
+        good = not bad and np.isfinite(picture).all() and picture.max() > 0.5 / 255
+        made.append(pipe.numpy_to_pil(picture)[0] if good else None)
+    return made
 
 
 # --------------------------------------------------------------------------------------------------- one source picture
@@ -150,7 +173,8 @@ class Scene:
         self.pose_ids = people.annotation_id[rows].tolist()
         self.size = tuple(painted_size(people.size[rows[0]], cfg.resolution).tolist())
         self.scale = np.array(self.size) / people.size[rows[0]]
-        self.condition = DRAW[cfg.condition](self.moved(people.keypoints[everybody]), self.size)
+        draw = DRAW[cfg.backend, cfg.condition]
+        self.condition = draw(self.moved(people.keypoints[everybody]), self.size)
         self.keypoints = self.moved(people.keypoints[rows])
         self.boxes = people.boxes[rows] * np.tile(self.scale, 2)
         self.areas = people.area[rows] * self.scale.prod()
@@ -222,7 +246,8 @@ def paint_chunk(cfg, scenes, pipe, auditor):
     rows = []
     for pose in (pose for scene in scenes for pose in scene.pose_ids):
         mine = [filled[pose, k] for k in range(cfg.pictures_per_pose) if (pose, k) in filled]
-        reason = "refused by the audit" if auditor and pose in seen else "black or refused by the safety checker"
+        reason = "not finite, black or refused by the safety checker"
+        reason = "refused by the audit" if auditor and pose in seen else reason
         rows += mine if len(mine) == cfg.pictures_per_pose else [(None, {"pose_id": pose, "skipped": reason})]
     return rows, retried
 

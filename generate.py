@@ -7,7 +7,7 @@ puppet (puppet.py: drawn people, no weights, no network; here person and scene c
 In:   COCO keypoint JSON (the pictures themselves are not needed) + captions JSON, prompt template or prompt file;
       or, for the puppet alone, nothing: it samples poses.
 Out:  images/POSE_K.jpg one person each; annotations.json (COCO-17 keypoints, pose_id, caption, seed, sources, oks);
-      sheet.png (row = pose, its drawn condition first); summary.json.
+      sheet.png (row = pose, its drawn condition first); summary.json. Fields: docs/annotations.md.
       task people (puppet): people by several cameras in the other stages' official layouts; see people_set.py.
 
     python generate.py --cfg configs/generate_demo.yaml                          # puppet, on a laptop
@@ -32,16 +32,15 @@ from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader
 
 import people_set
 import pictures
 import puppet
 from chunks import Chunks, encoded, person_row, picture_seed, put, read_records, record_path, recorded
-from coco import read_people
+from coco import MIN_SCORE, read_people
 from common import PROMPT, WORDING, Log, open_run, rng_of, start_ranks, write_atomic
 from config import Key, UserError, read_config, run_stage
-from data import COCO_CATEGORY, COCO_JOINTS, to_coco17
+from data import COCO_CATEGORY, COCO_JOINTS, recognised, to_coco17
 from diffusion import ADAPTERS, DRAW, MODELS, Auditor, Scene, load_painter, paint_chunk, painted_size
 
 KEYS = {
@@ -59,6 +58,8 @@ KEYS = {
     "pictures_per_pose": Key(5, "K, pictures of each pose", "[paper, inferred]", low=1),
     "poses": Key(0, "take the first so many poses; 0: all (the sampling puppet needs a number)", low=0),
     "first_pose": Key(0, "number of the first sampled pose; of given ones: how many to pass over", low=0),
+    "min_score": Key(MIN_SCORE, "joints visible from this score on, where annotations hold scores",
+                     "[HRNet] [ViTPose]", low=0.01, high=1),
     "min_joints": Key(1, "leave out people with fewer labelled joints", "[silent]", low=1, high=17),
     "min_side": Key(0, "leave out people whose crop would have a shorter side, px", "[silent]", low=0),
     "seed": Key(0, "seed of everything", low=0),
@@ -71,7 +72,8 @@ KEYS = {
     "steps": Key(20, "denoising steps", "[DPM-Solver++] 15 to 20; [T2I-Adapter] 50 of ddim", low=1),
     "guidance": Key(7.5, "classifier-free guidance", "[T2I-Adapter]", low=0.0),
     "adapter_weight": Key(1.0, "strength of the condition", "[T2I-Adapter]", low=0.0),
-    "precision": Key("auto", "auto: bf16 on CUDA, else fp32", "ours", ("auto", "fp32", "bf16", "fp16")),
+    "precision": Key("auto", "auto: bf16; fp16 on a GPU without it in hardware; fp32 on the CPU",
+                     "ours", ("auto", "fp32", "bf16", "fp16")),
     "batch": Key(8, "whole pictures painted at once; another value changes the last bits", low=1),
     "retries": Key(3, "further seeds for a picture the safety checker or the audit refuses", low=0),
     "audit": Key("none", "measure each generated person's pose (not in the paper)", "ours", ("none", "vitpose")),
@@ -104,6 +106,10 @@ def check_config(cfg):
     if cfg.task == "people":
         return people_set.check(cfg)
     if cfg.backend == "puppet":
+        prompts = ("captions", "prompt_template", "prompt_file", "negative_prompt")
+        for name in (*prompts, "model", "adapter", "condition"):
+            if getattr(cfg, name) != KEYS[name].default:
+                raise UserError(f"the puppet draws, and says what, without {name}: leave it out")
         if cfg.annotations is None and cfg.poses == 0:
             raise UserError("the puppet samples poses where annotations is none: say how many with poses=")
         return
@@ -120,8 +126,12 @@ def check_config(cfg):
 
 
 def read_poses(cfg):
-    """→ (People with COCO-17 joints, everybody; rows (n,) to make pictures of; Counter of people left out and why)."""
-    people, _ = read_people(cfg.annotations, check_pictures=False)
+    """→ (People with COCO-17 joints, everybody; rows (n,) to make pictures of;
+    Counter of people left out and why; a sentence about what was read)."""
+    people, notes = read_people(cfg.annotations, check_pictures=False, min_score=cfg.min_score)
+    known, _ = recognised(people.joints)
+    about = f"{len(people.files)} people, {known} of COCO's 17 joints recognised"
+    about += f", visible from a score of {cfg.min_score:g}" if notes["scores"] else ""
     if set(puppet.LSP_JOINTS) <= set(people.joints):
         joints = puppet.lsp_to_coco(people.keypoints[:, [people.joints.index(name) for name in puppet.LSP_JOINTS]])
     else:
@@ -134,8 +144,9 @@ def read_poses(cfg):
     skipped[f"smaller than {cfg.min_side} px"] = int(small.sum())
     rows = np.flatnonzero(~few & ~small)[cfg.first_pose :][: cfg.poses or None]
     if len(rows) == 0:
-        raise UserError(f"{cfg.annotations}: no person is left (min_joints={cfg.min_joints}, min_side={cfg.min_side})")
-    return people, rows, +skipped
+        why = f"min_joints={cfg.min_joints}, min_side={cfg.min_side}; {about}"
+        raise UserError(f"{cfg.annotations}: no person is left ({why})")
+    return people, rows, +skipped, about
 
 
 def read_prompts(cfg, image_ids):
@@ -232,7 +243,9 @@ def write_annotations(cfg, count):
 
     def write(path):
         with open(path, "w", encoding="utf-8") as file:
-            file.write(f'{{"categories": {json.dumps([COCO_CATEGORY])},\n"images": [')
+            info = f"generate.py, {cfg.backend}, seed {cfg.seed}; fields: docs/annotations.md"
+            file.write(f'{{"info": {json.dumps({"description": info})},\n')
+            file.write(f'"categories": {json.dumps([COCO_CATEGORY])},\n"images": [')
             for i, row in rows():
                 image = {"id": i, "file_name": row["file_name"], "width": row["size"][0], "height": row["size"][1]}
                 file.write((",\n" if i > 1 else "\n") + json.dumps(image))
@@ -255,7 +268,7 @@ def write_annotations(cfg, count):
 def write_sheet(cfg, rows):
     """rows: K per pose, poses evenly out of the whole set → sheet.png: drawn condition, then pictures 0 .. K-1."""
     K, grid, labels = cfg.pictures_per_pose, [], []
-    draw = DRAW["keypose" if cfg.condition == "auto" else cfg.condition]
+    draw = pictures.draw_keypose if cfg.backend == "puppet" else DRAW[cfg.backend, cfg.condition]
     shape = max(row["size"][1] / row["size"][0] for row in rows)
     cell = (144, round(144 * min(2.0, max(0.75, shape))))
     for mine in (rows[i : i + K] for i in range(0, len(rows), K)):
@@ -282,7 +295,7 @@ def main():
         return
 
     # Everything that can be wrong with the input is found before the run folder is made.
-    units, make, left_out = plan(cfg, device)
+    units, make, left_out, about = plan(cfg, device)
     open_run(asked, KEYS, rank)
     folders = people_set.FOLDERS if cfg.task == "people" else ("images", *(["parts"] if cfg.parts else []))
     for folder in (".parts", *folders):
@@ -294,7 +307,8 @@ def main():
     workers = cfg.workers if cfg.backend == "puppet" else 0
     start, before, pictures_made = time.perf_counter(), recorded(cfg), 0
     log = Log(out, count, before, rank, "generate")
-    for pictures_here in DataLoader(chunks, batch_size=None, sampler=mine, num_workers=workers, collate_fn=int):
+    log.say(f"{about}; {before} of {count} chunks are there")
+    for pictures_here in chunks.made(mine, workers):
         pictures_made += pictures_here
         if rank == 0:
             log.bar.update(recorded(cfg) - log.bar.n)
@@ -310,21 +324,23 @@ def main():
 
 
 def plan(cfg, device):
-    """→ (units of work, make(units) → ([(picture or None, row)], pictures painted again), Counter of people left out).
+    """→ (units of work, make(units) → ([(picture or None, row)], pictures painted again),
+    Counter of people left out, a sentence about what was read).
 
     A unit is a person, a pose number, a row of `people`, or a source picture's id.
     """
     if cfg.task == "people":
-        return people_set.units(cfg), partial(people_set.draw_chunk, cfg), {}
+        return people_set.units(cfg), partial(people_set.draw_chunk, cfg), {}, "drawn people"
     people, units, left_out = None, range(cfg.first_pose, cfg.first_pose + cfg.poses), {}
+    about = "sampled poses"
     if cfg.annotations is not None:
-        people, units, left_out = read_poses(cfg)
+        people, units, left_out, about = read_poses(cfg)
     if cfg.backend == "puppet":
         trial = SimpleNamespace(**vars(cfg) | {"parts": False})  # writes nothing; most often the first person ends it
         if people is not None and all("skipped" in draw_chunk(trial, people, [row])[0][0][1] for row in units):
             why = "too few joints, or none of the body in the picture that the box gives"
             raise UserError(f"{cfg.annotations}: nobody of {len(units)} people can be drawn ({why})")
-        return units, partial(draw_chunk, cfg, people), left_out
+        return units, partial(draw_chunk, cfg, people), left_out, about
     wanted = group_rows(people.image_id, units)
     everybody = group_rows(people.image_id, range(len(people.image_id)))
     prompts = read_prompts(cfg, list(wanted))
@@ -334,7 +350,7 @@ def plan(cfg, device):
         scenes = [Scene(cfg, people, everybody[i], wanted[i], prompts[i]) for i in image_ids]
         return paint_chunk(cfg, scenes, pipe, auditor)
 
-    return list(wanted), make, left_out
+    return list(wanted), make, left_out, about
 
 
 def group_rows(image_ids, rows):

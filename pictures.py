@@ -45,10 +45,12 @@ OPENPOSE_COLOURS = [
 
 
 def draw_keypose(people, size):
-    """Condition of the keypose T2I-Adapter: black canvas, links 2 px wide, joints of radius 2.
+    """Condition of the keypose T2I-Adapter: black canvas, joints of radius 2, links 3 px wide.
 
+    [T2I-Adapter]; 3 px are what OpenCV covers for the thickness 2 of its annotator.
     people: sequence of (17, 3) arrays, COCO-17 order, x and y in pixels, score or visibility. size: (W, H).
     """
+    # deviates from T2I-Adapter: its annotator draws the first two people, ours everyone.
     canvas = Image.new("RGB", size)
     draw = ImageDraw.Draw(canvas)
     for person in people:
@@ -57,26 +59,41 @@ def draw_keypose(people, size):
             _dot(draw, xy[j], 2, KEYPOSE_JOINTS[j])
         for a, b, colour in KEYPOSE_LINKS:
             if seen[a] and seen[b]:
-                draw.line([tuple(xy[a].astype(int)), tuple(xy[b].astype(int))], colour, 2)
+                draw.line([tuple(xy[a].astype(int)), tuple(xy[b].astype(int))], colour, 3)
     return canvas
 
 
-def draw_openpose(people, size):
-    """Condition of the openpose T2I-Adapter and ControlNet: limbs are ellipses of half-width 4, colour × 0.6.
+def draw_openpose(people, size, blend=False):
+    """Condition of ControlNet 1.1's openpose: limbs of colour × 0.6, joints of radius 4 over them.
 
     people: sequence of (17, 3) arrays, COCO-17 order. The neck is the middle of the shoulders, only if both are seen.
+    blend: of the openpose T2I-Adapter: joints first, then each limb blended over what is there,
+    0.6 of it to 0.4.
     """
-    canvas = Image.new("RGB", size)
-    draw = ImageDraw.Draw(canvas)
+    canvas, opacity = Image.new("RGB", size), round(0.6 * 255)
+    draw = ImageDraw.Draw(canvas, "RGBA" if blend else "RGB")
+    skeletons = []
     for person in people:
-        xy17, seen17 = _joints(person, 17)
-        xy = np.stack([xy17[[5, 6]].mean(0) if j is None else xy17[j] for j in OPENPOSE_FROM_COCO])
-        seen = [seen17[5] and seen17[6] if j is None else seen17[j] for j in OPENPOSE_FROM_COCO]
+        xy, seen = _joints(person, 17)
+        neck = xy[[5, 6]].mean(0), seen[5] and seen[6]
+        skeletons.append([neck if j is None else (xy[j], seen[j]) for j in OPENPOSE_FROM_COCO])
+
+    def draw_joints():
+        for joints in skeletons:
+            for (xy, seen), colour in zip(joints, OPENPOSE_COLOURS):
+                if seen:
+                    _dot(draw, xy, 4, colour)
+
+    def draw_limbs():
         for (a, b), colour in zip(OPENPOSE_LINKS, OPENPOSE_COLOURS):
-            if seen[a - 1] and seen[b - 1]:
-                draw.polygon(_ellipse(xy[a - 1], xy[b - 1], 4), tuple(int(0.6 * c) for c in colour))
-        for j in np.flatnonzero(seen):
-            _dot(draw, xy[j], 4, OPENPOSE_COLOURS[j])
+            fill = (*colour, opacity) if blend else tuple(int(0.6 * c) for c in colour)
+            for joints in skeletons:
+                (start, seen), (end, seen_too) = joints[a - 1], joints[b - 1]
+                if seen and seen_too:
+                    draw.polygon(_ellipse(start, end, 4), fill)
+
+    for part in (draw_joints, draw_limbs) if blend else (draw_limbs, draw_joints):
+        part()
     return canvas
 
 
@@ -88,16 +105,22 @@ def _joints(person, count):
 
 
 def _dot(draw, xy, radius, colour):
+    """OpenCV's disc: all pixels within `radius`, 13 for 2. Pillow's own ellipse would cover 21."""
     x, y = int(xy[0]), int(xy[1])
-    draw.ellipse([x - radius, y - radius, x + radius, y + radius], colour)
+    for row in range(-radius, radius + 1):
+        half = math.isqrt(radius**2 - row**2)
+        draw.line([x - half, y + row, x + half, y + row], colour)
 
 
 def _ellipse(a, b, half_width, corners=72):
-    """Corners of the ellipse whose long axis runs from a to b."""
-    turn = np.linspace(0, 2 * math.pi, corners, endpoint=False)
-    along, across = (b - a) / 2, np.array([-(b - a)[1], (b - a)[0]]) / max(np.linalg.norm(b - a), 1e-6)
-    points = (a + b) / 2 + np.cos(turn)[:, None] * along + np.sin(turn)[:, None] * across * half_width
-    return [tuple(p) for p in points]
+    """Corners of an ellipse, its long axis from a to b; whole pixels and degrees [OpenPose]."""
+    middle, length = np.trunc((a + b) / 2), int(np.linalg.norm(b - a) / 2)
+    angle = math.radians(int(math.degrees(math.atan2(*(a - b)[::-1]))))
+    along = np.array([math.cos(angle), math.sin(angle)])
+    across = np.array([-along[1], along[0]])
+    turn = np.linspace(0, 2 * math.pi, corners, endpoint=False)[:, None]
+    points = middle + np.cos(turn) * along * length + np.sin(turn) * across * half_width
+    return [tuple(p) for p in points.round()]
 
 
 # ---------------------------------------------------------------------------------------------------------- overlays

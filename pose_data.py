@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import pose
-from coco import People, read_people
+from coco import MIN_SCORE, People, read_people
 from common import SAMPLE, rng_of
 from config import UserError
 from data import UNREADABLE, as_bytes, find_bad_pictures, flip_ids, load_picture, picture_names, read_json
@@ -56,6 +56,8 @@ def read_pose_file(path, folder=None, max_bad=0, with_document=False):
         a["id"], a["image_id"], a["category_id"] = int(a["id"]), int(a["image_id"]), category
         a.setdefault("area", pose.BOX_AREA * a["bbox"][2] * a["bbox"][3])
         a.setdefault("iscrowd", 0)
+        if notes["scores"]:  # visible or missing for pycocotools too
+            a["keypoints"][2::3] = [2 if v >= MIN_SCORE else 0 for v in a["keypoints"][2::3]]
         a["num_keypoints"] = sum(v > 0 for v in a["keypoints"][2::3])
     area = {a["id"]: a["area"] for a in document["annotations"]}
     people = people._replace(area=np.array([area[i] for i in people.annotation_id.tolist()], np.float32))
@@ -136,7 +138,9 @@ def measured(people, path, max_bad):
 
 
 def coco_document(people, keypoints=None, joint_scores=None, score=None):
-    """People → COCO keypoint JSON; optionally other keypoints (N, K, 3), joint scores (N, K) and scores (N,)."""
+    """People → COCO keypoint JSON (its fields: docs/annotations.md).
+
+    Optionally other keypoints (N, K, 3), joint scores (N, K) and scores (N,)."""
     keypoints = people.keypoints if keypoints is None else keypoints
     images, annotations = {}, []
     for n in range(len(people.files)):
@@ -151,7 +155,9 @@ def coco_document(people, keypoints=None, joint_scores=None, score=None):
         annotations.append(row)
     skeleton = [[a + 1, b + 1] for a, b in people.skeleton]
     category = {"id": 1, "name": "person", "supercategory": "person", "keypoints": people.joints, "skeleton": skeleton}
-    return {"images": list(images.values()), "annotations": annotations, "categories": [category]}
+    info = {"description": "people and their joints; fields: docs/annotations.md"}
+    document = {"info": info, "images": list(images.values()), "annotations": annotations}
+    return document | {"categories": [category]}
 
 
 def read_folder(folder, joints, skeleton, max_bad=0):

@@ -19,7 +19,7 @@ import torch
 
 import sheets
 from batches import PoseBatches, training_loader
-from coco import read_people
+from coco import MIN_SCORE, read_people
 from common import (
     MASK,
     STEP,
@@ -42,7 +42,7 @@ from common import (
     start_ranks,
 )
 from config import Key, UserError, read_config, run_stage
-from data import PretrainPictures, normalize
+from data import PretrainPictures, normalize, recognised
 from heads import Projector
 from losses import contrastive_health
 from masks import noise_size, part_guided_mask, random_mask
@@ -55,7 +55,10 @@ KEYS = dict(
     annotations=Key([], "COCO keypoint JSON files, generated and real ones together"),
     images=Key([], "picture folder of each file (default: `images` beside it, or its own folder)"),
     shares=Key([], "share of each file in an epoch (default: every picture once)", "[silent]", of=float, low=0),
+    check_pictures=Key(True, "look at every picture at the first start", free=True),
     max_bad=Key(0, "missing, empty or truncated pictures that may be left out, counted", low=0),
+    min_score=Key(MIN_SCORE, "joints visible from this score on, where annotations hold scores",
+                  "[HRNet] [ViTPose]", low=0.01, high=1),
     height=Key(256, "input height", "[HAP]", low=16),
     width=Key(128, "input width", "[HAP]", low=16),
     box_padding=Key(1.25, "person boxes grow by this before cropping, within the picture", low=1),
@@ -146,6 +149,8 @@ def check(cfg):
         raise UserError("annotations= names no file; give COCO keypoint JSON files, e.g. of generate.py")
     if cfg.images and len(cfg.images) != len(cfg.annotations):
         raise UserError(f"images= has {len(cfg.images)} folders for {len(cfg.annotations)} annotation files")
+    if cfg.max_bad and not cfg.check_pictures:
+        raise UserError("max_bad= leaves out what check_pictures=false does not look for; give one")
     if cfg.height % cfg.patch or cfg.width % cfg.patch:
         raise UserError(f"height={cfg.height} and width={cfg.width} must be multiples of patch={cfg.patch}")
     if cfg.accumulate > 1:
@@ -174,10 +179,19 @@ def check(cfg):
 
 def build_data(cfg, rank, world):
     """→ (dataset, batch sampler, a sentence about what was read)."""
-    people, bad, clipped = [], 0, 0
+    people, bad, clipped, named = [], 0, 0, []
     for f, path in enumerate(cfg.annotations):
         folder = cfg.images[f] if cfg.images else None
-        file_people, notes = read_people(path, folder, max_bad=cfg.max_bad - bad)
+        read = dict(check_pictures=cfg.check_pictures, min_score=cfg.min_score)
+        file_people, notes = read_people(path, folder, max_bad=cfg.max_bad - bad, **read)
+        joints, parts = recognised(file_people.joints)
+        if cfg.mask == "part" and parts < 3:
+            raise UserError(
+                f"{path}: {joints} of COCO's 17 joints are recognised, which link {parts} of 6 "
+                "body parts; mask=part needs 3: name its joints as COCO does (left_shoulder, …), "
+                "or set mask=random"
+            )
+        named.append(f"{joints} of 17 joints recognised" + ", given as scores" * notes["scores"])
         people.append(file_people)
         bad, clipped = bad + len(notes["bad"]), clipped + notes["clipped"]
     dataset = PretrainPictures(
@@ -194,6 +208,7 @@ def build_data(cfg, rank, world):
     if cfg.gamma_mp and not batches.posed:
         raise UserError("no batch can hold a positive pair: shares= or max_bad= leave no pose group; set gamma_mp=0")
     report = f"{len(dataset)} people, {grouped} with a pose group, {bad} bad pictures left out, {clipped} boxes clipped"
+    report += f"; {', '.join(named)}"
     report += f", {batches.short} left out because their pose has fewer than {P} pictures" if batches.short else ""
     report += f"; an epoch shows {batches.steps_per_epoch * cfg.batch} pictures"
     return dataset, batches, report

@@ -240,7 +240,7 @@ def table_generate(cfg, rank, world, device):
         pipe = diffusion.load_painter(mine, device)
     plain = type(pipe)(**pipe.components, requires_safety_checker=False)
     plain.scheduler = diffusers.DDIMScheduler.from_config(plain.scheduler.config)
-    condition = diffusion.DRAW["keypose"](
+    condition = diffusion.DRAW["t2i_adapter", "keypose"](
         [np.concatenate([np.random.rand(17, 2) * side, np.ones((17, 1))], 1)], (side,) * 2
     )
 

@@ -1,6 +1,7 @@
 """Shared by all tests: the repository on the path, one thread, small pictures of people made on the spot."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from pycocotools.coco import COCO  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -25,6 +27,17 @@ def data_root():
     if not root:
         pytest.skip("GENPOCCL_DATA is not set: no real pictures")
     return Path(root).resolve()
+
+
+def check_fields(path):
+    """Our COCO file is one for pycocotools, and docs/annotations.md describes its fields."""
+    coco = COCO(str(path))
+    coco.info()
+    assert coco.dataset["info"]["description"] and coco.getAnnIds()
+    text = (ROOT / "docs/annotations.md").read_text(encoding="utf-8")
+    described = set(re.findall(r"`(\w+)`", text))
+    for kind in ("images", "annotations", "categories"):
+        assert {name for entry in coco.dataset[kind] for name in entry} <= described
 
 
 def run_script(script, *arguments, ranks=1, timeout=300, start_only=False):

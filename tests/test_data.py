@@ -7,6 +7,8 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 
 import data
@@ -49,7 +51,7 @@ def test_reader_gives_arrays_and_drops_links_outside_the_joints(tmp_path):
     people, notes = read_people(write_set(tmp_path))
     assert people.keypoints.shape == (12, 17, 3) and people.boxes.shape == (12, 4)
     assert people.pose_id.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
-    assert people.skeleton == [(0, 1)] and notes == {"bad": [], "clipped": 0}
+    assert people.skeleton == [(0, 1)] and notes == {"bad": [], "clipped": 0, "scores": False}
     assert people.flip == [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]
 
 
@@ -60,9 +62,77 @@ def test_flip_of_other_joint_sets():
     assert data.flip_ids(["rknee", "lknee", "hip_l", "hip_r", "r_ear"]) == [1, 0, 3, 2, 4]
 
 
+SPELLINGS = {  # side and joint → name; the last one spells the two sides differently
+    "Lshoulder": lambda side, joint: side[0].upper() + joint,
+    "LShoulder": lambda side, joint: side[0].upper() + joint.capitalize(),
+    "leftShoulder": lambda side, joint: side + joint.capitalize(),
+    "LeftShoulder": lambda side, joint: side.capitalize() + joint.capitalize(),
+    "Left Shoulder": lambda side, joint: f"{side} {joint}".title(),
+    "LEFT-SHOULDER": lambda side, joint: f"{side}-{joint}".upper(),
+    "l_shoulder": lambda side, joint: f"{side[0]}_{joint}",
+    "R_knee": lambda side, joint: f"{side[0].upper()}_{joint}",
+    "rknee": lambda side, joint: side[0] + joint,
+    "shoulder_left": lambda side, joint: f"{joint}_{side}",
+    "shoulder.R": lambda side, joint: f"{joint}.{side[0].upper()}",
+    "mixed": lambda side, joint: f"{joint}_l" if side == "left" else f"Right{joint}",
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_joints_spelt_otherwise_are_the_same_joints(tmp_path, name):
+    def change(document):
+        sides = (joint.split("_") for joint in data.COCO_JOINTS[1:])
+        names = ["Nose", *(SPELLINGS[name](*pair) for pair in sides)]
+        document["categories"][0]["keypoints"] = names
+
+    people, _ = read_people(changed_set(tmp_path, change))
+    whole, _ = read_people(write_set(tmp_path / "whole"))
+    assert people.joints == data.COCO_JOINTS and people.flip == whole.flip
+    assert np.array_equal(data.to_coco17(people.keypoints, people.joints), whole.keypoints)
+
+
+def test_names_that_are_not_of_a_limb_stay(tmp_path):
+    names = "Head top,neck,pelvis,upper_neck,head_bottom,leftover,lateral_left_hip,L_heel,nez,左肩"
+    expected = "head_top,neck,pelvis,upper_neck,head_bottom,leftover,lateral_left_hip,l_heel,nez,左肩"
+    assert [data.joint_name(name) for name in names.split(",")] == expected.split(",")
+    joints = ["left_" + joint for joint in "shoulder elbow wrist hip knee ankle".split()]
+    joints += [joint.replace("left", "right") for joint in joints]
+    assert data.recognised([*joints, "head_top", "neck"]) == (12, 5)  # AIC, CrowdPose, MPII, LSP
+    assert data.recognised(data.COCO_JOINTS) == (17, 6)
+    assert data.recognised(["nose", "lower_back", "right_hip"]) == (2, 0)
+
+    def change(document):
+        document["categories"][0]["keypoints"][1:3] = ["left_eye", "LEye"]
+
+    with pytest.raises(UserError, match="names the joint left_eye twice"):
+        read_people(changed_set(tmp_path, change))
+
+
+def test_scores_become_visibilities_on_reading(tmp_path):
+    scores = [0.93, 0.05, 1, 0, 0.2, 0.19, *np.linspace(0.01, 0.99, 11)]
+    keypoints = np.stack([np.arange(17), np.arange(17), scores], 1)
+
+    def change(document):
+        for entry in document["annotations"]:
+            entry["keypoints"] = keypoints.ravel().tolist()
+
+    path = changed_set(tmp_path, change)
+    for more, least in (({}, 0.2), ({"min_score": 0.6}, 0.6)):
+        people, notes = read_people(path, **more)
+        seen = [2 if score >= least else 0 for score in scores]
+        assert people.keypoints[3, :, 2].tolist() == seen and notes["scores"]
+    assert np.array_equal(people.keypoints[0, :, :2], keypoints[:, :2])
+    with pytest.raises(UserError, match="all of its 12 annotations"):
+        read_people(path, min_joints=13)  # of scores of at least .2 there are 12
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"keypoints": [1, 2, 3] * 17}, "100 has v = 3 at joint 1; needed: 0, 1, 2, or scores"),
+        ({"keypoints": [1, 2, 2] * 16 + [1, 2, -1]}, "annotation 100 has v = -1 at joint 17"),
+        ({"keypoints": [1, 2, 0.5] * 17}, "101 has v = 2 at joint 1; .* 0 to 1, for the file"),
+        ({"keypoints": [1, 2, 1.02] * 17}, "annotation 100 has v = 1.02 at joint 1"),
         ({"image_id": 77}, "image id 77"),
         ({"bbox": [400, 0, 10, 10]}, "outside"),
         ({"bbox": [-50, -50, 20, 20]}, "outside"),
@@ -160,6 +230,77 @@ def test_bad_pictures_are_named_counted_and_left_out_up_to_max_bad(tmp_path):
     dataset = PretrainPictures([people], (64, 32), 0)
     batches = PoseBatches(dataset, 3, 3, [], 0)
     assert set(dataset.pose_id[batches.epoch_slots(0)].ravel()) == {3} and batches.short == 6
+
+
+@pytest.fixture
+def looked_at(monkeypatch):
+    """Names of the pictures that find_bad_pictures looks at, as they come."""
+    names, fault = [], data.picture_fault
+
+    def noted(path, size):
+        names.append(path[-7:])
+        return fault(path, size)
+
+    monkeypatch.setattr(data, "picture_fault", noted)
+    return names
+
+
+def test_pictures_are_looked_at_again_only_when_their_file_changed(tmp_path, looked_at):
+    path, memory = write_set(tmp_path), tmp_path / ".annotations.json.checked.json"
+
+    def looked():
+        looked_at.clear()
+        people, notes = read_people(path, max_bad=2)
+        return sorted(looked_at), notes["bad"]
+
+    names = [f"{i:03d}.jpg" for i in range(12)]
+    whole = (tmp_path / "images/003.jpg").read_bytes()
+    (tmp_path / "images/003.jpg").write_bytes(b"")
+    assert looked() == (names, ["003.jpg"]) and memory.exists()
+    assert looked() == (["003.jpg"], ["003.jpg"])  # bad ones every time: a mended one comes back
+    (tmp_path / "images/003.jpg").write_bytes(whole)
+    assert looked() == (["003.jpg"], [])
+    assert read_people(path, min_joints=17)[1]["bad"] == [] and looked() == (["003.jpg"], [])
+    os.utime(path, ns=(1, 1))
+    (tmp_path / "images/005.jpg").unlink()
+    assert looked() == (names, ["005.jpg"])
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    looked_at.clear()
+    _, notes = read_people(path, tmp_path / "elsewhere", max_bad=1)
+    assert notes["bad"] == ["005.jpg"] and len(looked_at) == 12
+    (tmp_path / "elsewhere").rename(tmp_path / "images")
+    for damaged in ("", "[]", '{"bytes": 1}'):
+        memory.write_text(damaged)
+        assert looked() == (names, ["005.jpg"]) and looked() == (["005.jpg"], ["005.jpg"])
+    memory.unlink()
+    memory.mkdir()  # it cannot be written: nothing is remembered
+    assert looked() == looked() == (names, ["005.jpg"])
+
+
+def check_on_a_rank(rank, world, folder):
+    dist.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=world)
+    seen, fault = [], data.picture_fault
+    data.picture_fault = lambda path, size: (seen.append(path), fault(path, size))[1]
+    _, notes = read_people(folder / "annotations.json", max_bad=12)
+    again = len(seen)
+    read_people(folder / "annotations.json", max_bad=12)
+    found = [notes["bad"], sorted(seen[:again]), len(seen) - again]
+    (folder / f"rank{rank}").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_ranks_share_the_look_at_the_pictures_and_agree(tmp_path):
+    """11 pictures on 3 ranks: each is looked at once, and all know of all bad ones, in order."""
+    write_set(tmp_path, n_poses=11, per_pose=1)
+    for name in ("001.jpg", "006.jpg", "010.jpg"):
+        (tmp_path / "images" / name).write_bytes(b"")
+    mp.spawn(check_on_a_rank, (3, tmp_path), 3)
+    ranks = [json.loads((tmp_path / f"rank{r}").read_text()) for r in range(3)]
+    assert all(bad == ["001.jpg", "006.jpg", "010.jpg"] for bad, _, _ in ranks)
+    assert [len(seen) for _, seen, _ in ranks] == [4, 4, 3]
+    seen = sorted(sum((seen for _, seen, _ in ranks), []))
+    assert seen == [f"{tmp_path}/images/{i:03d}.jpg" for i in range(11)]
+    assert [again for _, _, again in ranks] == [1, 1, 1]
 
 
 def test_pictures_by_relative_and_absolute_names(tmp_path, monkeypatch):

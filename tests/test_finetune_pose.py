@@ -12,7 +12,7 @@ import pytest
 import scipy.io
 import scipy.ndimage
 import torch
-from conftest import ROOT, kill_after, run_script
+from conftest import ROOT, check_fields, kill_after, run_script
 from PIL import Image, ImageDraw
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -516,6 +516,7 @@ def test_overfits_one_batch_then_evaluates_and_predicts(dots, tmp_path):
         Image.open(f"{images}/{image['file_name']}").save(folder / f"{n}.png")
     run(f"predict={folder}", weights, *MACHINE, "padding=1", f"out={tmp_path}/whole")
     answer = tmp_path / "whole/predictions.json"
+    check_fields(answer)
     people, _, _ = pose_data.read_pose_file(answer, folder)  # a valid COCO keypoint file
     assert people.joints == COCO_JOINTS and len(people.files) == 3 and (tmp_path / "whole/overlays.png").exists()
     boxes = [{"file_name": "0.png", "bbox": document["annotations"][0]["bbox"], "score": 0.5}] * 2
@@ -701,6 +702,18 @@ def test_ids_as_text_and_rows_of_other_categories_change_no_figure(dots, tmp_pat
     document["annotations"][0].pop("category_id")
     (tmp_path / "text.json").write_text(json.dumps(document))
     assert 0 < figures(dots[1])["AP"] < 1 and figures(tmp_path / "text.json") == figures(dots[1])
+
+
+def test_truth_given_as_scores_counts_the_same_joints_everywhere(tmp_path):
+    path = people_file(tmp_path, 3)
+    document = json.loads(path.read_text())
+    for row in document["annotations"]:
+        row["keypoints"][2::3] = [0.05, 0.9] * 8 + [0.2]
+    path.write_text(json.dumps(document))
+    people, _, document = pose_data.read_pose_file(path, with_document=True)
+    assert people.keypoints[:, :, 2].tolist() == [[0, 2] * 8 + [2]] * 3
+    for row in document["annotations"]:
+        assert row["keypoints"][2::3] == [0, 2] * 8 + [2] and row["num_keypoints"] == 9
 
 
 # --------------------------------------------------------------------------------------------------------- bad input

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import check_fields
 from PIL import Image
 
 import attributes
@@ -180,7 +181,7 @@ def config(tiny, **more):
 
 
 def scenes_of(cfg):
-    people, rows, _ = generate.read_poses(cfg)
+    people, rows, *_ = generate.read_poses(cfg)
     wanted = generate.group_rows(people.image_id, rows)
     prompts = generate.read_prompts(cfg, list(wanted))
     return [diffusion.Scene(cfg, people, rows, rows, prompts[i]) for i, rows in wanted.items()]
@@ -202,7 +203,7 @@ def test_keypose_drawing_pixels():
     assert tuple(canvas[30, 30]) == (0, 255, 0) and tuple(canvas[30, 20]) == (0, 255, 0)  # left link and joint
     assert tuple(canvas[30, 80]) == (0, 128, 255) and not canvas[30, 70].any() and not canvas[30, 60].any()
     assert canvas[28, 80].any() and not canvas[27, 80].any()  # joint radius 2
-    assert (canvas[:, 30].any(1)).sum() == 2  # link 2 px wide
+    assert (canvas[:, 30].any(1)).sum() == 3  # link 3 px wide
 
 
 def test_openpose_drawing_pixels():
@@ -216,6 +217,34 @@ def test_openpose_drawing_pixels():
     keypoints[5] = 0
     canvas = np.asarray(pictures.draw_openpose([keypoints], (100, 80)))
     assert not canvas[40, 50].any() and canvas[40, 30].any()  # no neck without both shoulders
+
+
+def compare(ours, theirs):
+    """→ lit pixels in both ÷ in either, ours lit ÷ theirs, share of either's with the same colour."""
+    ours = np.asarray(ours, int)
+    either, same = ours.any(2) | theirs.any(2), abs(ours - theirs).max(2) <= 3
+    both = ours.any(2) & theirs.any(2)
+    return both.sum() / either.sum(), ours.any(2).sum() / theirs.any(2).sum(), same[either].mean()
+
+
+def test_conditions_look_as_their_networks_were_trained():
+    """conditions.png: these two people drawn with OpenCV by the annotators' rules.
+
+    Left, T2I-Adapter's keypose: cv2.circle of radius 2, cv2.line of thickness 2. Middle, its
+    openpose: circles of radius 4, then limbs (ellipse2Poly, fillConvexPoly), each blended by
+    addWeighted(canvas, 0.4, limb, 0.6). Right, ControlNet 1.1's as controlnet_aux draws it: limbs,
+    the canvas × 0.6, then circles.
+    """
+    c, s = np.cos(np.radians(20)), np.sin(np.radians(20))
+    people = [STANDING + [10, 20], STANDING @ [[c, -s], [s, c]] * 1.1 + [25, 30]]
+    people = [np.concatenate([xy, np.full((17, 1), 2.0)], 1) for xy in people]
+    people[0][3] = people[1][9] = 0
+    reference = np.split(np.asarray(Image.open(ROOT / "tests/conditions.png"), int), 3, 1)
+    for (name, draw), theirs in zip(diffusion.DRAW.items(), reference):
+        shared, lit, same = compare(draw(people, (200, 280)), theirs)
+        assert shared > 0.9 and 0.95 < lit < 1.05 and same > 0.9, (name, shared, lit, same)
+    other = pictures.draw_openpose(people, (200, 280))
+    assert compare(other, reference[1])[2] < 0.88  # the two openposes differ
 
 
 def test_overlay_and_sheet(tmp_path):
@@ -334,28 +363,73 @@ def test_refused_pictures_are_retried_and_never_stored(tiny, tmp_path, monkeypat
     # No retries: a pose short of one picture is left out whole, and named.
     out = run(monkeypatch, arguments(tiny, out=tmp_path / "b", model=folder, retries=0))
     summary = json.loads((tmp_path / "b/summary.json").read_text())
-    why = "black or refused by the safety checker"
+    why = "not finite, black or refused by the safety checker"
     assert summary["poses_skipped"] == [{"pose_id": pose, "skipped": why} for pose in refused.pose_ids]
     assert summary["poses"] == 4 - len(refused.pose_ids)
     assert len(list((tmp_path / "b/images").iterdir())) == 3 * summary["poses"]
 
 
-def test_overflow_ends_in_no_black_picture(tiny, tmp_path, monkeypatch):
+def with_vae(tiny, folder, change):
+    """→ a copy of the tiny model whose decoder is changed by change(decoder)."""
     import diffusers
 
-    folder = tmp_path / "sd"
     shutil.copytree(tiny / "sd", folder)
     vae = diffusers.AutoencoderKL.from_pretrained(folder / "vae")
-    torch.nn.init.constant_(vae.decoder.conv_out.bias, float("nan"))
+    with torch.no_grad():
+        change(vae.decoder)
     vae.save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.mark.parametrize("channels", [1, 3])  # with a NaN in one colour a picture is not black
+def test_a_picture_that_is_not_finite_is_refused(tiny, tmp_path, monkeypatch, channels):
+    def spoil(decoder):
+        decoder.conv_out.bias[:channels] = float("nan")
+
+    model = with_vae(tiny, tmp_path / "sd", spoil)
     with pytest.raises(UserError, match="black or refused"):
-        run(monkeypatch, arguments(tiny, out=tmp_path / "a", model=folder, retries=1, poses=1))
+        run(monkeypatch, arguments(tiny, out=tmp_path / "a", model=model, retries=1, poses=1))
     assert not list((tmp_path / "a/images").iterdir())
+
+
+def test_an_overflow_in_fp16_is_refused(tiny, tmp_path, monkeypatch):
+    def spoil(decoder):
+        decoder.conv_in.bias += 1e5  # fp16 ends at 65,504
+
+    model = with_vae(tiny, tmp_path / "sd", spoil)
+    keys = dict(model=model, retries=0, poses=1, pictures_per_pose=1)
+    out = run(monkeypatch, arguments(tiny, out=tmp_path / "a", precision="fp32", **keys))
+    assert len(read(out)["images"]) == 1
+    with pytest.raises(UserError, match="black or refused"):
+        run(monkeypatch, arguments(tiny, out=tmp_path / "b", precision="fp16", **keys))
+
+
+def test_precision_is_what_the_device_has_in_hardware(tiny, monkeypatch):
+    cpu, cuda, auto = torch.device("cpu"), torch.device("cuda"), config(tiny)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)  # by emulation
+    for major, dtype in ((7, torch.float16), (8, torch.bfloat16)):  # V100 and T4; A100
+        about = SimpleNamespace(major=major)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, about=about: about)
+        assert diffusion.precision(auto, cuda) == dtype
+    assert diffusion.precision(auto, cpu) == torch.float32
+    assert diffusion.precision(config(tiny, precision="fp16"), cpu) == torch.float16
+
+
+def test_pictures_are_decoded_one_by_one(tiny):
+    """The decoder's memory does not grow with the batch."""
+    cfg = config(tiny)
+    pipe, scene, sizes = diffusion.load_painter(cfg, torch.device("cpu")), scenes_of(cfg)[0], []
+    pipe.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    diffusion.paint(pipe, cfg, [scene.condition] * 3, [scene.prompt] * 3, [1, 2, 3], scene.size)
+    assert sizes == [1, 1, 1]
 
 
 def test_audit(tiny, tmp_path, monkeypatch):
     audit = dict(audit="vitpose", audit_model=tiny / "vitpose", audit_threshold=0)
     rows = read(run(monkeypatch, arguments(tiny, out=tmp_path / "a", **audit)))["annotations"]
+    check_fields(tmp_path / "a/annotations.json")
     measured = np.array([row["oks"] for row in rows])
     assert len(rows) == 12 and (0 <= measured).all() and (measured < 1).all() and len(set(measured)) > 3
     middle = float(np.sort(measured)[4])
@@ -398,14 +472,23 @@ def same_set(a, b):
     )
 
 
-def start(words, ranks=1):
+# A stage whose loaders start in another way than by default, e.g. by Python 3.14's forkserver.
+START_AS = "import multiprocessing, runpy, sys; multiprocessing.set_start_method(sys.argv[1]); "
+START_AS += "sys.argv[:2] = []; runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+def start(words, ranks=1, method=None):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    begin = [sys.executable]
+    if method:
+        begin += ["-c", START_AS, method]
+        environment["PYTHONPATH"] = str(ROOT)
     return [
         subprocess.Popen(
-            [sys.executable, ROOT / "generate.py", *words],
+            [*begin, ROOT / "generate.py", *words],
             env=dict(environment, **(dict(RANK=str(r), WORLD_SIZE=str(ranks)) if ranks > 1 else {})),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
         )
@@ -466,6 +549,29 @@ def test_puppet_kills_workers_and_ranks(puppet_set, tmp_path):
     assert same_set(out, puppet_set)
 
 
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_puppet_workers_that_are_not_forked(puppet_set, tmp_path, monkeypatch, method):
+    """Workers with another parent, or that share nothing: gone with the run, and the same bytes."""
+    out = tmp_path / "run"
+    first = start([*PUPPET, f"out={out}", "workers=2"], method=method)
+    kill_after(2, first, out)
+    assert group_is_gone(first[0].pid), "rendering workers outlive the killed run"
+    run(monkeypatch, [*PUPPET, f"out={out}"])
+    assert same_set(out, puppet_set)
+
+
+def test_a_stage_forks_its_loaders_unless_told_otherwise():
+    """Under Python 3.14's default, set here by hand, each loader would hold all annotations."""
+    ask = "import multiprocessing as m, config\n"
+    ask += "m.context._default_context._default_context = m.get_context('forkserver')"
+    default = "fork" if sys.platform == "linux" else "forkserver"
+    for before, used in (("", default), ("m.set_start_method('spawn')", "spawn")):
+        code = f"{ask}\n{before}\nconfig.run_stage(lambda: print(m.get_start_method()))"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.stdout == used + "\n", done.stderr
+
+
 def test_puppet_workers_and_merge_kill(puppet_set, tmp_path, monkeypatch):
     out = tmp_path / "run"
     with monkeypatch.context() as patch:  # dies after annotations.json, before the end
@@ -498,6 +604,27 @@ def test_puppet_set_is_what_it_says(puppet_set, tmp_path, monkeypatch):
     assert np.asarray(Image.open(Path(out) / "parts/20_0.png")).max() in range(1, 7)
 
 
+def test_poses_given_as_scores(tmp_path, monkeypatch, capsys):
+    """A pose estimator's file: joints above the threshold count, and are visible in the set."""
+    write_poses(tmp_path)
+    document = json.loads((tmp_path / "poses.json").read_text())
+    for row in document["annotations"]:
+        row["keypoints"][2::3] = [0.93, 0.3] * 8 + [0.1] if row["id"] < 4 else [0.04] * 17
+    (tmp_path / "poses.json").write_text(json.dumps(document))
+    words = [f"annotations={tmp_path / 'poses.json'}", "height=128", "width=64"]
+    for score, seen in ((0.2, 16), (0.5, 8)):
+        cfg = generate.read_config(generate.KEYS, "", [*words, f"min_score={score}"])
+        people, rows, left_out, about = generate.read_poses(cfg)
+        visible = (people.keypoints[:, :, 2] == 2).sum(1)
+        assert rows.tolist() == [0, 1, 2] and visible.tolist() == [seen] * 3 + [0] * 2
+        assert left_out == {"with fewer than 1 joints": 2}
+        assert about.startswith("5 people, 17 of COCO's 17 joints recognised")
+        assert about.endswith(f", visible from a score of {score}")
+    out = run(monkeypatch, [*words, "min_joints=16", f"out={tmp_path / 'a'}"])
+    assert {row["pose_id"] for row in read(out)["annotations"]} == {1, 2, 3}
+    assert "5 people, 17 of COCO's 17 joints recognised" in capsys.readouterr().err
+
+
 def test_puppet_at_given_poses(tmp_path, monkeypatch):
     write_poses(tmp_path)
     words = [f"annotations={tmp_path / 'poses.json'}", "height=128", "width=64", "pictures_per_pose=2"]
@@ -505,6 +632,7 @@ def test_puppet_at_given_poses(tmp_path, monkeypatch):
     document, summary = read(out), json.loads((tmp_path / "a/summary.json").read_text())
     assert {row["pose_id"] for row in document["annotations"]} == {1, 2, 3, 4}
     assert summary["left_out"] == {"with too few joints to draw a body": 1}
+    check_fields(tmp_path / "a/annotations.json")
     row = document["annotations"][0]
     spread = np.ptp(np.reshape(row["keypoints"], (17, 3))[:, :2], 0)
     assert abs(spread[0] / spread[1] - 60 / 174) < 0.03  # the given pose, its shape kept
@@ -662,6 +790,10 @@ def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
         (["poses=2", "backend=midjourney"], "t2i_adapter"),
         (["poses=2", "pose=3"], "nearest valid key"),
         (["poses=2", "audit=vitpose"], "audit"),
+        (["poses=2", f"captions={tiny / 'captions.json'}"], "without captions"),
+        (["poses=2", "prompt_template=a man"], "without prompt_template"),
+        (["poses=2", f"prompt_file={text}"], "without prompt_file"),
+        (["poses=2", "condition=openpose"], "without condition"),
         (["task=people", "persons_train=9", "persons_val=9"], "persons_val=9"),
         (["task=people", "cameras=1"], "cameras"),
         (["task=people", "backend=t2i_adapter"], "backend=puppet"),

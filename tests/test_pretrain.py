@@ -149,6 +149,7 @@ def test_finished_run_is_left_alone_and_another_config_refused(sets, plain):
         (["gamma_align=0.1", "views=1"], "two views"),
         (["decoder=false"], "L_rec"),
         (["patch=7"], "multiples of patch"),
+        (["check_pictures=false", "max_bad=2"], "does not look for"),
         (["init=nowhere.pt"], "no checkpoint at nowhere.pt"),
         (["annotations=nowhere.json"], "nowhere.json"),
         (["annotations="], "names no file"),
@@ -211,6 +212,22 @@ def test_a_folder_of_the_user_is_not_touched(sets, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
+def test_the_start_says_how_many_joints_are_known_and_part_masks_refuse_too_few(sets, tmp_path):
+    document = json.loads(sets[0].read_text())
+    document["categories"][0]["keypoints"] = [f"point_{j}" for j in range(17)]
+    other = sets[0].with_name("other_names.json")
+    other.write_text(json.dumps(document))
+    done = run_script("pretrain.py", *arguments([other], tmp_path / "part"))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "part").exists()
+    refused = "0 of COCO's 17 joints are recognised, which link 0 of 6 body parts; mask=part"
+    assert refused in done.stderr
+    keys = ["mask=random", "epochs=1"]
+    done = run_script("pretrain.py", *arguments([sets[0], other], tmp_path / "random", *keys))
+    assert done.returncode == 0
+    assert "17 of 17 joints recognised, 0 of 17 joints recognised" in done.stderr
+
+
 def test_truncated_picture_is_named_before_anything_is_written(tmp_path):
     path = write_set(tmp_path / "set")
     whole = (tmp_path / "set/images/003.jpg").read_bytes()
@@ -218,6 +235,11 @@ def test_truncated_picture_is_named_before_anything_is_written(tmp_path):
     done = run_script("pretrain.py", *arguments([path], tmp_path / "run"))
     assert done.returncode == 2 and "003.jpg" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+    done = run_script("pretrain.py", *arguments([path], tmp_path / "run"), ranks=2)
+    assert done.returncode and f"] error: {tmp_path}/set/images/003.jpg is damaged" in done.stderr
+    done = run_script("pretrain.py", *arguments([path], tmp_path / "run", "check_pictures=false"))
+    assert done.returncode == 2
+    assert "cannot read picture" in done.stderr.splitlines()[-1]  # as it is loaded
 
 
 def test_damaged_or_foreign_checkpoints(sets, plain, tmp_path):
