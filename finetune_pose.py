@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pycocotools  # noqa: F401  known to be missing now, not after the training
 import torch
 from torch.utils.data import DataLoader
 
