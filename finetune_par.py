@@ -105,7 +105,7 @@ HEADLINE = ("mA", "accuracy", "precision", "recall", "f1")
 
 def main():
     cfg = read_config(KEYS, __doc__)
-    rank, world, device = start_ranks(cfg.device)
+    rank, world, device = start_ranks(cfg.device, cfg.precision)
     check(cfg)
     if cfg.predict:
         return predict(cfg, rank, world, device)

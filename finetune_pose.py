@@ -117,7 +117,7 @@ KEYS = dict(
 
 def main():
     cfg = read_config(KEYS, __doc__)
-    rank, world, device = start_ranks(cfg.device)
+    rank, world, device = start_ranks(cfg.device, cfg.precision)
     check(cfg)
     meta = use_meta(cfg, "finetune_pose.py", "joints", "tokens", "head", "padding")
     train_people = None

@@ -112,7 +112,7 @@ SHOWN = ("loss", "identity", "triplet", "accuracy")  # beside the progress bar
 
 def main():
     cfg = read_config(KEYS, __doc__)
-    rank, world, device = start_ranks(cfg.device)
+    rank, world, device = start_ranks(cfg.device, cfg.precision)
     check_job(cfg)
     if not cfg.predict and not cfg.data:
         raise UserError("data= names no folder; give the root of Market-1501, MSMT17 or one of the same layout")

@@ -116,7 +116,7 @@ WORD_WIDTH = 300  # paper silent (HAP uses BERT): usual width of word vectors
 
 def main():
     cfg = read_config(KEYS, __doc__)
-    rank, world, device = start_ranks(cfg.device)
+    rank, world, device = start_ranks(cfg.device, cfg.precision)
     check(cfg)
     if cfg.predict:
         return predict(cfg, rank, world, device)

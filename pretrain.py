@@ -106,7 +106,7 @@ SHOWN = ("loss", "rec", "align", "mp")  # beside the progress bar
 
 def main():
     cfg = read_config(KEYS, __doc__)
-    rank, world, device = start_ranks(cfg.device)
+    rank, world, device = start_ranks(cfg.device, cfg.precision)
     check(cfg)
 
     dataset, batches, report = build_data(cfg, rank, world)
