@@ -188,7 +188,7 @@ class TextToImage(nn.Module):
         with no_autocast(self.projection.weight):
             x = text if self.embedding is None else self.embedding(text)
             # The longest first: sorted here, because torch's own sorting waits for the GPU twice.
-            lengths, order = torch.as_tensor(lengths).sort(descending=True, stable=True)
+            lengths, order = torch.as_tensor(lengths).sort(descending=True)
             order = (order.pin_memory() if x.is_cuda else order).to(x.device, non_blocking=True)
             # Packed: the backward LSTM starts at a sentence's last word, and padding never wins the maximum.
             packed = nn.utils.rnn.pack_padded_sequence(x[order], lengths, batch_first=True)
