@@ -161,7 +161,10 @@ def rank_rows(world_rows, rank, world):
 
 
 def rank_noise(key, batch, columns, rank, world, device):
-    """This rank's rows of (batch, columns) uniform numbers drawn for the global batch: f(key), for any world size."""
+    """This rank's rows of (batch, columns) uniform numbers drawn for the global batch: f(key), for any world size.
+
+    Drawn on the device, so that none waits for them: another kind of GPU draws other numbers.
+    """
     noise = torch.rand(batch, columns, generator=generator_of(*key, device=device), device=device)
     return rank_rows(noise, rank, world)
 

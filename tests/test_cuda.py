@@ -37,6 +37,10 @@ STAGES = {
     "test={people}/attributes_test.csv batch=8",
     "finetune_t2i": f"{PAIRS} batch=8 project=16 max_tokens=6",
 }
+pytestmark = [  # of a loader that cannot pin without a GPU; of a copy of a tensor without content
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true"),
+    pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
+]
 FLOAT32 = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 MLP = "projector=mlp projector_width=16 projector_out=8"
@@ -168,6 +172,14 @@ def test_what_does_not_wait_is_not_counted():
         HOST.pin_memory().to(x.device, non_blocking=True)
         x.clamp(0, float(HOST[0]))
     assert not cuda.waits
+
+
+def test_autocast_computes_in_bf16():
+    with PretendCuda():
+        x = torch.zeros(8, 8, device="cuda")
+        for precision, dtype in (("auto", torch.bfloat16), ("fp32", torch.float32)):
+            with common.autocast(x.device, precision):
+                assert (x @ x).dtype == dtype
 
 
 @pytest.mark.parametrize(("stage", "more"), SETTINGS)
