@@ -117,8 +117,13 @@ def rows(out):
 
 
 @pytest.fixture
-def two_ranks():
-    """A process group of two whose collectives do nothing."""
+def two_ranks(monkeypatch):
+    """A process group of two whose collectives do nothing; Python objects come back twice."""
+
+    def gather(parts, own):
+        parts[:] = [own, own]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     yield
     dist.destroy_process_group()
