@@ -140,7 +140,8 @@ class Bert:
     @torch.no_grad()
     def vectors(self, tokens, lengths):
         """(B, T) ids, (B,) lengths → (B, T, U) float32; what stands behind a sentence's end is masked."""
-        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths.to(tokens.device)[:, None]
+        lengths = lengths.to(tokens.device, non_blocking=True)
+        mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         return self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
 
 

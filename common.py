@@ -12,6 +12,7 @@ import random
 import shutil
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -28,33 +29,63 @@ from config import DISK_FULL, UserError, read_yaml
 # --------------------------------------------------------------------------------------- process group and devices
 
 
-def start_ranks(device="auto"):
-    """Join torchrun's process group if there is one. → (rank, world, device); NCCL on CUDA, gloo on the CPU."""
+# The longest that ranks wait for one another. While rank 0 alone re-ranks a large gallery
+# (MSMT17: a quarter of an hour), the others wait for it; NCCL's own limit is 10 minutes.
+# The price: a rank that hangs is noticed this late.
+RANKS_WAIT = timedelta(hours=1)
+
+
+def start_ranks(device="auto", precision="auto"):
+    """Join torchrun's process group if any; NCCL on CUDA, gloo else. → (rank, world, device)
+
+    On a GPU float32 is float32, in convolutions and LSTMs too: no TF32, which has 10 bits of
+    mantissa and which torch allows in these two by default. For speed there is bf16 (see autocast).
+    Raises UserError for a device or a precision that this machine does not have.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("device=cuda but no CUDA device is visible; use device=cpu")
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        torch.cuda.set_device(device)
+        device = start_gpu(int(os.environ.get("LOCAL_RANK", 0)), precision)
+    device = torch.device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return rank, world, torch.device(device)
+        # With its device given, NCCL connects the ranks now, not inside the first step.
+        backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=RANKS_WAIT, device_id=own)
+    return rank, world, device
+
+
+def start_gpu(local, precision):
+    """This machine's GPU number `local`, float32 and precision= as start_ranks says."""
+    if not torch.cuda.is_available():
+        raise UserError("device=cuda but no CUDA device is visible; use device=cpu")
+    n, device = torch.cuda.device_count(), torch.device("cuda", local)
+    if local >= n:
+        raise UserError(f"local rank {local} has no GPU: {n} visible; use --nproc_per_node={n}")
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    torch.backends.cudnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    if precision == "bf16" and not has_bf16(device):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"precision=bf16, but {name} has no bf16 instructions; use fp32 or auto")
+    return device
+
+
+def has_bf16(device):
+    """Does it multiply bf16 in hardware? NVIDIA: since Ampere (A100, RTX 30); not V100 and T4."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(device, precision):
-    """fp32, bf16, or auto: bf16 where the device multiplies it in hardware. No fp16: MAE's and BEiT's users met NaN.
+    """fp32, bf16, or auto: bf16 where the device has it. No fp16: MAE's and BEiT's users met NaN.
 
     bf16 is autocast without a scaler: weights, losses and optimiser stay float32.
     """
-    if precision == "auto":
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-        else:
-            native = torch.cpu._is_avx512_bf16_supported()
-        precision = "bf16" if native else "fp32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    bf16 = precision == "bf16" or precision == "auto" and has_bf16(device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 
 def barrier():
@@ -130,7 +161,10 @@ def rank_rows(world_rows, rank, world):
 
 
 def rank_noise(key, batch, columns, rank, world, device):
-    """This rank's rows of (batch, columns) uniform numbers drawn for the global batch: f(key), for any world size."""
+    """This rank's rows of (batch, columns) uniform numbers drawn for the global batch: f(key), for any world size.
+
+    Drawn on the device, so that none waits for them: another kind of GPU draws other numbers.
+    """
     noise = torch.rand(batch, columns, generator=generator_of(*key, device=device), device=device)
     return rank_rows(noise, rank, world)
 

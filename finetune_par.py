@@ -94,7 +94,7 @@ KEYS = dict(
     eval_only=Key(False, "only evaluate weights= on the test pictures"),
     predict=Key(None, "only predict: a folder of pictures → predictions.csv"),
     # machine
-    precision=Key("auto", "fp32; bf16 autocast; auto: bf16 where hardware has it", choices=("auto", "fp32", "bf16")),
+    precision=Key("auto", "fp32 (no TF32); bf16 autocast; auto: bf16 in hardware", choices=("auto", "fp32", "bf16")),
     device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
     workers=Key(2, "loader processes per rank", low=0, free=True),
     save_every=Key(500, "steps between checkpoints", low=1, free=True),
@@ -105,7 +105,7 @@ HEADLINE = ("mA", "accuracy", "precision", "recall", "f1")
 
 def main():
     cfg = read_config(KEYS, __doc__)
-    rank, world, device = start_ranks(cfg.device)
+    rank, world, device = start_ranks(cfg.device, cfg.precision)
     check(cfg)
     if cfg.predict:
         return predict(cfg, rank, world, device)

@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pycocotools  # noqa: F401  known to be missing now, not after the training
 import torch
 from torch.utils.data import DataLoader
 
@@ -104,7 +105,7 @@ KEYS = dict(
     nms=Key(0.9, "OKS from which a pose of a picture is a duplicate; only with `boxes`", "[HRNet]", low=0, high=1),
     eval_every=Key(0, "epochs between evaluations on the way (logged only); 0 = only at the end", low=0, free=True),
     # machine
-    precision=Key("auto", "fp32; bf16 autocast; auto: bf16 where hardware has it", choices=("auto", "fp32", "bf16")),
+    precision=Key("auto", "fp32 (no TF32); bf16 autocast; auto: bf16 in hardware", choices=("auto", "fp32", "bf16")),
     compile=Key(False, "torch.compile the encoder"),
     checkpoint_activations=Key(False, "recompute activations: less memory, more time", free=True),
     device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
@@ -116,7 +117,7 @@ KEYS = dict(
 
 def main():
     cfg = read_config(KEYS, __doc__)
-    rank, world, device = start_ranks(cfg.device)
+    rank, world, device = start_ranks(cfg.device, cfg.precision)
     check(cfg)
     meta = use_meta(cfg, "finetune_pose.py", "joints", "tokens", "head", "padding")
     train_people = None

@@ -100,7 +100,7 @@ KEYS = dict(
     predict=Key(None, "only predict: a folder of pictures → embeddings.npz, nearest.png"),
     weights=Key(None, "model.safetensors of a finished run, for eval_only and predict"),
     # machine
-    precision=Key("auto", "fp32; bf16 autocast; auto: bf16 where hardware has it", choices=("auto", "fp32", "bf16")),
+    precision=Key("auto", "fp32 (no TF32); bf16 autocast; auto: bf16 in hardware", choices=("auto", "fp32", "bf16")),
     checkpoint_activations=Key(False, "recompute activations: less memory, more time", free=True),
     device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
     workers=Key(2, "loader processes per rank", low=0, free=True),
@@ -112,7 +112,7 @@ SHOWN = ("loss", "identity", "triplet", "accuracy")  # beside the progress bar
 
 def main():
     cfg = read_config(KEYS, __doc__)
-    rank, world, device = start_ranks(cfg.device)
+    rank, world, device = start_ranks(cfg.device, cfg.precision)
     check_job(cfg)
     if not cfg.predict and not cfg.data:
         raise UserError("data= names no folder; give the root of Market-1501, MSMT17 or one of the same layout")

@@ -103,7 +103,7 @@ KEYS = dict(
     predict=Key(None, "only search: a folder of pictures, best first for sentence= → ranking.json, ranking.png"),
     sentence=Key(None, "what to look for, with predict="),
     # machine
-    precision=Key("auto", "fp32; bf16 autocast; auto: bf16 where hardware has it", choices=("auto", "fp32", "bf16")),
+    precision=Key("auto", "fp32 (no TF32); bf16 autocast; auto: bf16 in hardware", choices=("auto", "fp32", "bf16")),
     checkpoint_activations=Key(False, "recompute activations: less memory, more time", free=True),
     device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
     workers=Key(2, "loader processes per rank", low=0, free=True),
@@ -116,7 +116,7 @@ WORD_WIDTH = 300  # paper silent (HAP uses BERT): usual width of word vectors
 
 def main():
     cfg = read_config(KEYS, __doc__)
-    rank, world, device = start_ranks(cfg.device)
+    rank, world, device = start_ranks(cfg.device, cfg.precision)
     check(cfg)
     if cfg.predict:
         return predict(cfg, rank, world, device)
@@ -187,10 +187,13 @@ class TextToImage(nn.Module):
         """Token ids (B, T), or BERT's states (B, T, U), and lengths (B,) on the CPU → (B, E), in float32."""
         with no_autocast(self.projection.weight):
             x = text if self.embedding is None else self.embedding(text)
+            # The longest first: sorted here, because torch's own sorting waits for the GPU twice.
+            lengths, order = torch.as_tensor(lengths).sort(descending=True)
+            order = (order.pin_memory() if x.is_cuda else order).to(x.device, non_blocking=True)
             # Packed: the backward LSTM starts at a sentence's last word, and padding never wins the maximum.
-            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            packed = nn.utils.rnn.pack_padded_sequence(x[order], lengths, batch_first=True)
             states, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], True, padding_value=-torch.inf)
-            return self.projection(states.amax(1))
+            return self.projection(states.amax(1)[order.argsort()])
 
     def forward(self, images, text, lengths):
         """→ v, t (B, E) and their identity logits (B, persons) each."""

@@ -81,16 +81,19 @@ def random_mask(noise, mask_ratio):
 
 def part_patches(keypoints, grid, patch_size):
     """(B, 17, 3) → bool (B, 6, N): each part's patches = union of the patch rectangles its links' end points span."""
-    h, w = grid
-    limit = torch.tensor([w - 1, h - 1], device=keypoints.device)
-    cell = (keypoints[..., :2] / patch_size).floor().long().clamp(min=0).minimum(limit)  # (B, 17, 2) column, row
-    links = torch.tensor([link for part in PARTS for link in part], device=keypoints.device)  # (L, 2)
-    a, b = cell[:, links[:, 0]], cell[:, links[:, 1]]  # (B, L, 2)
-    valid = (keypoints[..., 2] > 0)[:, links].all(2)  # a link with a missing end point is skipped
+    (h, w), (x, y, v) = grid, keypoints.unbind(2)
+    column = (x / patch_size).floor().long().clamp(0, w - 1)  # (B, 17)
+    row = (y / patch_size).floor().long().clamp(0, h - 1)
+    joints = torch.stack([column, row, (v > 0).long()], 2).unbind(1)  # 17 × (B, 3)
+    # One by one: an index of joint ids would be copied to the GPU, and the host would wait.
+    links = [link for part in PARTS for link in part]
+    a = torch.stack([joints[i] for i, _ in links], 1)  # (B, L, 3)
+    b = torch.stack([joints[j] for _, j in links], 1)
     low, high = a.minimum(b), a.maximum(b)
-    columns, rows = torch.arange(w, device=cell.device), torch.arange(h, device=cell.device)
+    valid = low[..., 2:] > 0  # a link with a missing end point is skipped
+    columns, rows = torch.arange(w, device=low.device), torch.arange(h, device=low.device)
     across = (columns >= low[..., :1]) & (columns <= high[..., :1])  # (B, L, w)
-    down = (rows >= low[..., 1:]) & (rows <= high[..., 1:]) & valid.unsqueeze(2)  # (B, L, h)
+    down = (rows >= low[..., 1:2]) & (rows <= high[..., 1:2]) & valid  # (B, L, h)
     patches = down.unsqueeze(3) & across.unsqueeze(2)  # (B, L, h, w)
     parts = patches.split([len(part) for part in PARTS], 1)
     return torch.stack([p.any(1) for p in parts], 1).flatten(2)

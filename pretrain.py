@@ -103,7 +103,7 @@ KEYS = dict(
     accumulate=Key(1, "gradient accumulation; only 1: smaller batches have fewer negatives", low=1),
     seed=Key(0, "seed of everything", low=0),
     # machine
-    precision=Key("auto", "fp32; bf16 autocast; auto: bf16 where hardware has it", choices=("auto", "fp32", "bf16")),
+    precision=Key("auto", "fp32 (no TF32); bf16 autocast; auto: bf16 in hardware", choices=("auto", "fp32", "bf16")),
     compile=Key(False, "torch.compile the model"),
     checkpoint_activations=Key(False, "recompute activations: less memory, more time", free=True),
     device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
@@ -117,7 +117,7 @@ SHOWN = ("loss", "rec", "align", "mp")  # beside the progress bar
 
 def main():
     cfg = read_config(KEYS, __doc__)
-    rank, world, device = start_ranks(cfg.device)
+    rank, world, device = start_ranks(cfg.device, cfg.precision)
     check(cfg)
 
     dataset, batches, report = build_data(cfg, rank, world)

@@ -268,7 +268,7 @@ def main():
     cfg = read_config(KEYS, __doc__, sys.argv[2:])
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    rank, world, device = start_ranks(cfg.device)
+    rank, world, device = start_ranks(cfg.device, cfg.precision)
     if cfg.precision == "auto":
         with autocast(device, "auto"):
             cfg.precision = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
