@@ -119,7 +119,7 @@ def gather_rows(rows, world):
 
 
 # What random numbers are for. Every key begins with one of these, so that no two purposes share their numbers.
-WEIGHTS, ORDER, SAMPLE, FLIP, STEP, MASK, DROP_PATH, NEGATIVE = range(1, 9)
+WEIGHTS, ORDER, SAMPLE, FLIP, CROP, STEP, MASK, DROP_PATH, NEGATIVE = range(1, 10)
 PROMPT, PICTURE, WORDING, BAD_BOX, POSE, PERSON, SCENE, CAMERA = range(11, 19)  # generate.py
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from common import FLIP, SAMPLE, gather_rows, rank_share, rng_of, seed_all, write_json
+from common import CROP, FLIP, SAMPLE, gather_rows, rank_share, seed_all, write_json
 from config import UserError
 from masks import PARTS, part_guided_mask  # noqa: F401  data.part_guided_mask is its public name
 
@@ -260,19 +260,20 @@ class PretrainPictures(Dataset):
     """Item (epoch, index) → picture uint8 (3, H, W), keypoints (17, 3) px of that picture, pose_id, index.
 
     `people`: one People per annotation file; indices run through them in order; pose ids of different
-    files differ. A person's region is the box × box_padding, with region="grow" in the input's shape.
+    files differ. A person's region is the box × box_padding; region="grow" widens or heightens it where
+    no crop of the wanted ratio could hold it.
     Augmentation [HAP]: RandomResizedCrop with shares crop_min to 1 of the region's area, ratio w/h 3/4 to
     4/3 of the input's, bicubic; flip .5. "strong" adds [StableRep]'s jitter, grey and blur.
-    flip "group": the pictures of a pose are mirrored together, drawn anew in each epoch, because a
-    mirrored pose is another pose; "picture": each by itself, as pictures without a pose group always are.
+    shared: what is drawn once for all pictures of a pose, anew in each epoch: "flip", because a mirrored
+    pose is another pose; "crop": flip and crop; or "nothing", as for pictures without a pose group.
     """
 
     def __init__(
-        self, people, size, seed, box_padding=1.25, region="grow", crop_min=0.8, augmentation="hap", flip="group"
+        self, people, size, seed, box_padding=1.25, region="grow", crop_min=0.8, augmentation="hap", shared="flip"
     ):  # fmt: skip
         self.people, self.size, self.seed = people, size, seed
         self.box_padding, self.region, self.crop_min = box_padding, region, crop_min
-        self.strong, self.flip = augmentation == "strong", flip
+        self.strong, self.shared = augmentation == "strong", shared
         self.starts = np.cumsum([0] + [len(p.files) for p in people])
         self.keypoints = [to_coco17(p.keypoints, p.joints) for p in people]
         self.mirror_ids = flip_ids(COCO_JOINTS)
@@ -296,23 +297,26 @@ class PretrainPictures(Dataset):
 
     def __getitem__(self, item):
         epoch, index = item
-        seed_all(SAMPLE, self.seed, epoch, index)
         f, row = self.where(index)
         people, pose_id = self.people[f], self.pose_id[index]
         picture = load_picture(people.folder, people.files[row], people.size[row])
         region = padded_box(people.boxes[row], self.box_padding, people.size[row])
         if self.region == "grow":
-            region = grown_region(region, self.size, people.size[row])
+            region = grown_region(region, self.size[1] / self.size[0], people.size[row])
+        # The pictures of a pose draw what they share from one stream, the rest from streams of their own.
+        whole, single = (0, pose_id), (1, index)
+        shared = self.shared if pose_id >= 0 else "nothing"
+        seed_all(FLIP, self.seed, epoch, *(single if shared == "nothing" else whole))
         mirrored = torch.rand(()) < 0.5
-        if self.flip == "group" and pose_id >= 0:
-            mirrored = rng_of(FLIP, self.seed, epoch, pose_id).random() < 0.5
-        sample = self.augment(picture, region, self.keypoints[f][row], mirrored)
+        seed_all(CROP, self.seed, epoch, *(whole if shared == "crop" else single))
+        left, top, cw, ch = random_crop(*region[2:], self.crop_min, self.size[1] / self.size[0])
+        crop = region[0] + left, region[1] + top, cw, ch
+        seed_all(SAMPLE, self.seed, epoch, index)
+        sample = self.augment(picture, crop, self.keypoints[f][row], mirrored)
         return sample | {"pose_id": pose_id, "index": index}
 
-    def augment(self, picture, region, keypoints, mirrored):
-        (x, y, w, h), (H, W) = region, self.size
-        left, top, cw, ch = random_crop(w, h, self.crop_min, W / H)
-        x, y = x + left, y + top
+    def augment(self, picture, crop, keypoints, mirrored):
+        (x, y, cw, ch), (H, W) = crop, self.size
         # Beyond the picture's edge a crop is black.
         pixels = torch.from_numpy(np.array(picture.crop((x, y, x + cw, y + ch)))).permute(2, 0, 1)
         # deviates from HAP, whose bicubic resize does not smooth what it shrinks.
@@ -340,13 +344,13 @@ def padded_box(box, padding, size):
     return x0, y0, max(1, min(int(size[0]), round(x + w)) - x0), max(1, min(int(size[1]), round(y + h)) - y0)
 
 
-def grown_region(region, input_size, picture_size):
-    """The smallest region (x, y, w, h) px of the input's shape (H, W) that holds `region`, around its centre.
+def grown_region(region, shape, picture_size):
+    """The smallest region (x, y, w, h) px around `region` whose w/h random_crop can take whole: 3/4 to 4/3 of shape.
 
     Moved into the picture (w, h) where it fits; it hangs over the edge where the picture is too small.
     """
-    (x, y, w, h), (H, W) = region, input_size
-    grown = max(w, round(h * W / H)), max(h, round(w * H / W))
+    x, y, w, h = region
+    grown = max(w, round(h * shape * 3 / 4)), max(h, round(w / (shape * 4 / 3)))
     corner = []
     for start, old, new, side in zip((x, y), (w, h), grown, picture_size):
         start -= (new - old) // 2

@@ -62,12 +62,12 @@ KEYS = dict(
     height=Key(256, "input height", "[HAP]", low=16),
     width=Key(128, "input width", "[HAP]", low=16),
     box_padding=Key(1.25, "person boxes grow by this before cropping, within the picture", low=1),
-    region=Key("grow", "grow: the padded box in the input's shape, black beyond the picture; box: as it is, "
-               "then a wide one loses its sides", "ours; [HAP] reads whole crops", ("grow", "box")),
+    region=Key("grow", "grow: a box too wide or too tall for a crop grows, black beyond the picture; box: as it is, "
+               "it loses its sides", "ours; [HAP] reads whole crops", ("grow", "box")),
     crop_min=Key(0.8, "smallest share of the region in a random crop", "[HAP]; .2 [MAE], .08 [StableRep]",
                  low=0.01, high=1),
-    flip=Key("group", "mirror images: group, drawn for a pose and an epoch; picture, for each picture", "[silent]",
-             ("group", "picture")),
+    shared=Key("flip", "drawn once for all pictures of a pose in an epoch: nothing, the flip, or flip and crop",
+               "[silent]", ("nothing", "flip", "crop")),
     augmentation=Key("hap", "hap: crop and flip; strong: + jitter, grey, blur [StableRep]", "[HAP]", ("hap", "strong")),
     pictures_per_pose=Key(5, "P: pictures of one pose in a batch, with gamma_mp; 1 = poses are not grouped",
                           "[silent]", low=1),
@@ -195,7 +195,14 @@ def build_data(cfg, rank, world):
         people.append(file_people)
         bad, clipped = bad + len(notes["bad"]), clipped + notes["clipped"]
     dataset = PretrainPictures(
-        people, (cfg.height, cfg.width), cfg.seed, cfg.box_padding, cfg.region, cfg.crop_min, cfg.augmentation, cfg.flip
+        people,
+        (cfg.height, cfg.width),
+        cfg.seed,
+        cfg.box_padding,
+        cfg.region,
+        cfg.crop_min,
+        cfg.augmentation,
+        cfg.shared,
     )
     grouped = int((dataset.pose_id >= 0).sum())
     if cfg.gamma_mp and not grouped:

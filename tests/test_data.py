@@ -468,24 +468,31 @@ def test_a_file_that_goes_round_again_never_puts_a_picture_twice_into_a_batch(tm
         PoseBatches(dataset, 40, 2, [1, 4, 1], 0)
 
 
-def test_a_pose_group_is_mirrored_as_a_whole(tmp_path):
-    """Each picture is black at the left and white at the right; groups agree, epochs and single pictures do not."""
-    generated, _ = read_people(write_set(tmp_path / "a", n_poses=6, per_pose=4, size=(32, 64)))
-    real, _ = read_people(write_set(tmp_path / "b", n_poses=24, per_pose=1, pose_ids=False, size=(32, 64)))
-    halves = Image.fromarray(np.repeat(np.arange(32) > 15, 64).reshape(32, 64).T.astype(np.uint8) * 255)
+def test_what_the_pictures_of_a_pose_share(tmp_path):
+    """Pictures are a ramp from left to right: its direction tells the flip, its first column the crop."""
+    generated, _ = read_people(write_set(tmp_path / "a", n_poses=6, per_pose=4, size=(64, 128)))
+    real, _ = read_people(write_set(tmp_path / "b", n_poses=24, per_pose=1, pose_ids=False, size=(64, 128)))
+    ramp = Image.fromarray(np.tile(np.arange(0, 256, 4, dtype=np.uint8), (128, 1)))
     for path in (*(tmp_path / "a/images").iterdir(), *(tmp_path / "b/images").iterdir()):
-        halves.convert("RGB").save(path)
+        ramp.convert("RGB").save(path, quality=100)
 
-    def mirrored(flip, epoch):
-        dataset = PretrainPictures([generated, real], (64, 32), 0, flip=flip)
-        light = [dataset[(epoch, i)]["image"].float() for i in range(48)]
-        return np.array([float(x[:, :, :8].mean() > x[:, :, -8:].mean()) for x in light])
+    def drawn(shared, epoch):
+        """(mirrored, left edge) of the 24 pictures of poses and of the 24 others."""
+        dataset = PretrainPictures([generated, real], (64, 32), 0, shared=shared)
+        rows = torch.stack([dataset[(epoch, i)]["image"].float().mean((0, 1)) for i in range(48)])
+        mirrored = rows[:, 0] > rows[:, -1]
+        return mirrored, torch.where(mirrored, rows[:, -1], rows[:, 0]).round()
 
-    epochs = [mirrored("group", epoch) for epoch in range(4)]
-    for found in epochs:
-        assert set(found[:24].reshape(6, 4).mean(1)) <= {0, 1} and 0 < found[24:].mean() < 1
-    assert 0 < np.mean([found[:24] for found in epochs]) < 1 and not np.array_equal(epochs[0][:24], epochs[1][:24])
-    assert not set(mirrored("picture", 0)[:24].reshape(6, 4).mean(1)) <= {0, 1}
+    def groups_agree(values):
+        return bool((values[:24].view(6, 4) == values[:24].view(6, 4)[:, :1]).all())
+
+    for shared, flips, crops in (("nothing", False, False), ("flip", True, False), ("crop", True, True)):
+        epochs = [drawn(shared, epoch) for epoch in range(4)]
+        for mirrored, left in epochs:
+            assert (groups_agree(mirrored), groups_agree(left)) == (flips, crops)
+            assert 0 < mirrored[24:].float().mean() < 1 and len(left[24:].unique()) > 4
+        for values in zip(*epochs):  # every epoch draws anew
+            assert not torch.equal(values[0][:24], values[1][:24])
 
 
 def test_joints_that_the_crop_cut_off_are_missing(tmp_path):
@@ -514,10 +521,11 @@ def test_a_wide_box_keeps_its_person(tmp_path):
         return np.mean([(dataset[(epoch, 0)]["keypoints"][:, 2] > 0).numpy() for epoch in range(30)])
 
     assert kept("grow") > 0.9 and kept("box") < 0.25
-    # the region is in the input's shape, in the picture where it fits, and around the box where it does not
-    assert data.grown_region((20, 35, 200, 50), (128, 64), (240, 120)) == (20, -140, 200, 400)
-    assert data.grown_region((0, 10, 20, 80), (128, 64), (240, 120)) == (0, 10, 40, 80)
-    assert data.grown_region((100, 0, 50, 50), (128, 64), (240, 120)) == (100, 0, 50, 100)
+    # grown no further than needed, in the picture where it fits, around the box where it does not
+    assert data.grown_region((20, 35, 200, 50), 0.5, (240, 120)) == (20, -90, 200, 300)
+    assert data.grown_region((0, 10, 20, 80), 0.5, (240, 120)) == (0, 10, 30, 80)
+    assert data.grown_region((100, 0, 50, 50), 0.5, (240, 120)) == (100, 0, 50, 75)
+    assert data.grown_region((100, 0, 50, 90), 0.5, (240, 120)) == (100, 0, 50, 90)
 
 
 @pytest.mark.parametrize("per_slot", [1, 4])

@@ -20,7 +20,7 @@ import data
 import losses
 import model
 from batches import PoseBatches
-from common import SAMPLE, seed_all
+from common import CROP, FLIP, seed_all
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -54,13 +54,14 @@ def a_set(folder, n=12, size=(60, 130)):
 
 def test_resize_equals_pillow_up_to_rounding(tmp_path):
     people = a_set(tmp_path)
-    dataset = data.PretrainPictures([people], (96, 48), seed=3, flip="picture")
+    dataset = data.PretrainPictures([people], (96, 48), seed=3, shared="nothing")
     for index in range(12):
         item = dataset[(1, index)]
-        seed_all(SAMPLE, 3, 1, index)
         region = data.padded_box(people.boxes[index], 1.25, people.size[index])
-        x, y, w, h = data.grown_region(region, (96, 48), people.size[index])
+        x, y, w, h = data.grown_region(region, 0.5, people.size[index])
+        seed_all(FLIP, 3, 1, 1, index)
         mirrored = torch.rand(()) < 0.5
+        seed_all(CROP, 3, 1, 1, index)
         left, top, cw, ch = data.random_crop(w, h, 0.8, 0.5)
         plain = data.load_picture(people.folder, people.files[index])
         plain = plain.crop((x + left, y + top, x + left + cw, y + top + ch)).resize((48, 96), Image.Resampling.BICUBIC)
