@@ -103,13 +103,13 @@ def check_config(cfg):
     """What single keys cannot say. Fills in the `auto` and `none` values that depend on the backend."""
     if cfg.backend == "puppet" and cfg.audit != "none":
         raise UserError("audit needs backend t2i_adapter or controlnet: the puppet is drawn at its joints")
+    prompts = ("captions", "prompt_template", "prompt_file", "negative_prompt")
+    for name in (*prompts, "model", "adapter", "condition"):
+        if cfg.backend == "puppet" and getattr(cfg, name) != KEYS[name].default:
+            raise UserError(f"the puppet takes no {name} and writes its own captions: leave it out")
     if cfg.task == "people":
         return people_set.check(cfg)
     if cfg.backend == "puppet":
-        prompts = ("captions", "prompt_template", "prompt_file", "negative_prompt")
-        for name in (*prompts, "model", "adapter", "condition"):
-            if getattr(cfg, name) != KEYS[name].default:
-                raise UserError(f"the puppet draws, and says what, without {name}: leave it out")
         if cfg.annotations is None and cfg.poses == 0:
             raise UserError("the puppet samples poses where annotations is none: say how many with poses=")
         return

@@ -40,9 +40,9 @@ def check(cfg):
     """What single keys cannot say."""
     if cfg.backend != "puppet":
         raise UserError("task people is drawn by the puppet: use backend=puppet")
-    for name in ("annotations", "captions", "prompt_template", "prompt_file", "parts"):
+    for name in ("annotations", "parts"):
         if getattr(cfg, name):
-            raise UserError(f"task people samples its poses and writes its own captions: leave {name} out")
+            raise UserError(f"task people samples its poses and draws no parts: leave {name} out")
     if cfg.persons_val >= cfg.persons_train:
         raise UserError(f"persons_val={cfg.persons_val} leaves nobody of persons_train={cfg.persons_train} to train on")
 
