@@ -128,8 +128,8 @@ class Bert:
     source: a hub id such as google-bert/bert-base-uncased, or a folder written by save_pretrained.
     deviates from HAP: it stays in evaluation mode. HAP's train() after the first test switches its
     dropout on.
-    deviates from HAP: [CLS] and [SEP] stand around every sentence. HAP leaves them out of the training
-    sentences of CUHK-PEDES alone; those of its test, of ICFG-PEDES and of LGUR have them.
+    deviates from HAP: [CLS] and [SEP] stand around every sentence. HAP leaves them out of the
+    training sentences of CUHK-PEDES alone; those of its test, of ICFG-PEDES and of LGUR have them.
     """
 
     def __init__(self, source, device="cpu"):

@@ -205,8 +205,8 @@ class TextToImage(nn.Module):
     def text_features(self, text, lengths):
         """Token ids (B, T), or BERT's states (B, T, U), and lengths (B,) → (B, E), in float32.
 
-        Packing the sequences would need their lengths on the CPU: DistributedDataParallel moves them
-        to the GPU, and fetching them would wait for it.
+        Packing the sequences would need their lengths on the CPU: DistributedDataParallel moves
+        them to the GPU, and fetching them would wait for it.
         """
         with no_autocast(self.projection.weight):
             x = text if self.embedding is None else self.embedding(text)
