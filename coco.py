@@ -40,15 +40,27 @@ def _is_column(value):
     return isinstance(value, np.ndarray)
 
 
-def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_pictures=True):
+def read_people(
+    annotations,
+    folder=None,
+    min_joints=0,
+    max_bad=0,
+    check_pictures=True,
+    max_bad_boxes=None,
+):
     """Read a COCO keypoint JSON with any joint set. `folder` defaults to `images` beside it, or else its own folder.
 
     Rows of the first category with keypoints count. Crowd annotations and people with fewer than `min_joints` joints
-    are left out. Pictures that are missing, empty, truncated or of another size than the file says are an error that
-    names the first; with `max_bad` > 0 up to that many are left out instead.
-    → (People, {"bad": [names left out], "clipped": boxes cut to their picture}).
+    are left out; a person whose `num_keypoints` is 0 has none, whatever is listed (CrowdPose does
+    not count head and neck). Pictures that are missing, empty, truncated or of another size than
+    the file says are an error that names the first; with `max_bad` > 0 up to that many are left out
+    instead. So are up to `max_bad_boxes` people whose box is not finite, has no area or lies
+    outside its picture. Pictures listed with width and height swapped, as in CrowdPose's old files,
+    keep their own size.
+    → (People, {"bad": [names left out], "bad_boxes": people left out, "turned": pictures listed
+    with sides swapped, "clipped": boxes cut to their picture}).
     Raises UserError: not such a file, ids that do not match or stand twice, a wrong keypoint count, a number that is
-    not finite, a box without area or outside its picture, nobody left.
+    not finite, nobody left.
     """
     path = Path(annotations)
     images, rows, document = _parse_coco(path)
@@ -60,14 +72,12 @@ def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_picture
     if image.min() < 0:
         unknown = ids[image.argmin()]
         raise UserError(f"{path}: an annotation names image id {unknown}, which is not among the images")
-    size = size[image]
-    boxes, clipped = _clip_boxes(rows["bbox"], size, rows["id"], path)
     folder = Path(folder) if folder else path.parent / "images" if (path.parent / "images").is_dir() else path.parent
     people = People(
         folder=str(folder),
         files=files[image],
-        size=size,
-        boxes=boxes,
+        size=size[image],
+        boxes=rows["bbox"],
         keypoints=rows["keypoints"],
         pose_id=rows["pose_id"],
         annotation_id=rows["id"],
@@ -78,19 +88,42 @@ def read_people(annotations, folder=None, min_joints=0, max_bad=0, check_picture
         flip=flip_ids(joints),
         category=category,
     )
-    keep = (rows["iscrowd"] == 0) & ((people.keypoints[:, :, 2] > 0).sum(1) >= min_joints)
+    joints = (people.keypoints[:, :, 2] > 0).sum(1) * (rows["num_keypoints"] != 0)
+    keep = (rows["iscrowd"] == 0) & (joints >= min_joints)
     people = people if keep.all() else people.take(keep)
-    bad = find_bad_pictures(people.folder, people.files, people.size) if check_pictures else []
+    bad, turned = [], 0
+    if check_pictures:
+        people, turned, bad = _check_pictures(people)
     if len(bad) > max_bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         name, reason = bad[0]
         raise UserError(f"{folder}/{name} is {reason}{more} (of {path}); mend it or allow max_bad={len(bad)}")
     if bad:
         people = people.take(~np.isin(people.files, np.array([name.encode() for name, _ in bad])))
+    people, clipped, bad_boxes = _clip_boxes(people, path, max_bad_boxes)
     if not len(people.files):
         why = f"crowds, people with fewer than {min_joints} joint(s) or without a whole picture"
         raise UserError(f"{path}: all of its {len(ids)} annotations are {why}; look at the file")
-    return people, {"bad": [name for name, _ in bad], "clipped": clipped}
+    notes = {"bad": [name for name, _ in bad], "bad_boxes": bad_boxes, "turned": turned}
+    return people, notes | {"clipped": clipped}
+
+
+def _check_pictures(people):
+    """→ (people, how many pictures are listed with sides swapped, find_bad_pictures of the rest).
+
+    The people get the swapped pictures' own sizes.
+    """
+    bad = find_bad_pictures(people.folder, people.files, people.size)
+    if not bad:
+        return people, 0, bad
+    rows = np.flatnonzero(np.isin(people.files, np.array([name.encode() for name, _ in bad])))
+    turned = people.size[rows, ::-1]
+    still = {name for name, _ in find_bad_pictures(people.folder, people.files[rows], turned)}
+    own = np.array([name.decode() not in still for name in people.files[rows].tolist()])
+    size = people.size.copy()
+    size[rows[own]] = turned[own]
+    bad = [(name, reason) for name, reason in bad if name in still]
+    return people._replace(size=size), len(set(people.files[rows[own]].tolist())), bad
 
 
 def _parse_coco(path):
@@ -98,9 +131,11 @@ def _parse_coco(path):
 
     → {image id: its row in rows["file"] and rows["size"]}, rows (name → array of all annotations), the rest.
     """
-    images, rows = {}, {name: array("q") for name in ("id", "image_id", "pose_id", "iscrowd", "category_id", "count")}
+    names = "id image_id pose_id iscrowd category_id num_keypoints count".split()
+    images, rows = {}, {name: array("q") for name in names}
     rows |= {name: array("f") for name in ("keypoints", "bbox", "area")} | {"file": [], "size": array("q")}
     defaults = (("id", None), ("image_id", None), ("pose_id", -1), ("iscrowd", 0), ("category_id", -1))
+    defaults += (("num_keypoints", -1),)
 
     def take(entry):
         if "image_id" in entry:
@@ -184,25 +219,33 @@ def _rows_of(rows, category_id, k, path):
     twice[order[1:]] = np.diff(rows["id"][order]) == 0
     refuse(twice, lambda a: "stands twice; ids must differ")
     refuse(~np.isfinite(rows["keypoints"]).all((1, 2)), lambda a: "has a keypoint that is not finite")
-    good = np.isfinite(rows["bbox"]).all(1) & (rows["bbox"][:, 2:] > 0).all(1)
-    refuse(~good, lambda a: f"has box {rows['bbox'][a].tolist()}; finite x, y, w, h with w, h > 0 are needed")
     refuse(~np.isfinite(rows["area"]), lambda a: f"has area {rows['area'][a]}, which is not finite")
     return rows
 
 
-def _clip_boxes(boxes, size, ids, path):
-    """Boxes cut to their pictures, and how many were cut by more than a pixel. A centre outside is an error."""
-    centre = boxes[:, :2] + boxes[:, 2:] / 2
-    outside = np.flatnonzero((centre < 0).any(1) | (centre > size).any(1))
-    if len(outside):
-        a = outside[0]
-        raise UserError(
-            f"{path}: annotation {ids[a]} has box {boxes[a].tolist()} outside its {size[a].tolist()} picture"
-        )
-    low, high = np.maximum(boxes[:, :2], 0), np.minimum(boxes[:, :2] + boxes[:, 2:], size)
-    cut = np.concatenate([low, high - low], 1).astype(np.float32)
-    empty = np.flatnonzero((cut[:, 2:] <= 0).any(1))  # such as 1e-9 px at x = 20, where float32 holds no such step
-    if len(empty):
-        a = empty[0]
-        raise UserError(f"{path}: annotation {ids[a]} has box {boxes[a].tolist()}, of no width or height in float32")
-    return cut, int((np.abs(cut - boxes) > 1).any(1).sum())
+def _clip_boxes(people, path, max_bad_boxes):
+    """→ (people with boxes cut to their pictures, how many were cut, how many people left out)."""
+    boxes, size = people.boxes, people.size
+    with np.errstate(invalid="ignore"):  # NaN and infinite boxes
+        low, high = np.maximum(boxes[:, :2], 0), np.minimum(boxes[:, :2] + boxes[:, 2:], size)
+        cut = np.concatenate([low, high - low], 1).astype(np.float32)
+        centre = boxes[:, :2] + boxes[:, 2:] / 2
+        area = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)
+        inside = (centre >= 0).all(1) & (centre <= size).all(1)
+        # A box such as 1e-9 px at x = 20, where float32 holds no such step, is empty once cut.
+        good = area & inside & (cut[:, 2:] > 0).all(1)
+    wrong = np.flatnonzero(~good)
+    if len(wrong) > (max_bad_boxes or 0):
+        a = wrong[0]
+        problem = "; finite x, y, w, h with w, h > 0 are needed"
+        if area[a]:
+            problem = ", of no width or height in float32"
+        if area[a] and not inside[a]:
+            problem = f" outside its {size[a].tolist()} picture"
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        hint = "" if max_bad_boxes is None else f"; mend it or allow max_bad_boxes={len(wrong)}"
+        what = f"annotation {people.annotation_id[a]} has box {boxes[a].tolist()}{problem}"
+        raise UserError(f"{path}: {what}{more}{hint}")
+    people = people._replace(boxes=cut)
+    clipped = int((np.abs(cut - boxes)[good] > 1).any(1).sum())
+    return people.take(good) if len(wrong) else people, clipped, len(wrong)

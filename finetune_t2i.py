@@ -18,6 +18,7 @@ Legend: B pairs on this rank · M pairs of all ranks · D width · T tokens · v
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,14 +65,14 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import as_bytes, load_picture, normalize, picture_names, refuse_bad_pictures
+from data import as_bytes, load_picture, normalize, pictures_at, refuse_bad_pictures
 from heads import TOKENS, feature_width, reads_pose, token_features
 from losses import no_autocast
 from model import SIZES
 from weights import load_encoder, meta_of, use_meta
 
 KEYS = dict(
-    out=Key("runs/t2i", "run folder"),
+    out=Key("runs/t2i", "run folder; for eval_only runs/t2i_eval, for predict runs/t2i_predict"),
     # data
     captions=Key(None, "reid_raw.json (CUHK-PEDES), ICFG-PEDES.json or data_captions.json (RSTPReid)"),
     images=Key(None, "picture folder (default: imgs or images beside the JSON)"),
@@ -108,7 +109,7 @@ KEYS = dict(
     seed=Key(0, "seed of everything", low=0),
     # what to do instead of training
     eval_only=Key(False, "only evaluate weights= on captions="),
-    predict=Key(None, "only search: a folder of pictures, best first for sentence= → ranking.json, ranking.png"),
+    predict=Key(None, "only search: a folder of pictures, or one → ranking.json, ranking.png"),
     sentence=Key(None, "what to look for, with predict="),
     # machine
     precision=Key("auto", "fp32; bf16 autocast; auto: bf16 where hardware has it", choices=("auto", "fp32", "bf16")),
@@ -150,7 +151,7 @@ def main():
         step = resume(Path(cfg.out) / "last.pt", model, optimizer)["step"]
     log = Log(cfg.out, total, step, rank, "text to image")
     counts = ", ".join(f"{len(s.texts)} captions of {len(s.files)} in {n}" for n, s in splits.items() if s)
-    log.say(f"{counts}; {sentence}; {total} steps of {cfg.batch}")
+    log.say(f"{counts}; {sentence}" + (f"; {total} steps of {cfg.batch}" if total else ""))
     if total:
         train(cfg, model, text, optimizer, splits["train"], batches, step, total, log, rank, world, device)
         if rank == 0:
@@ -163,7 +164,7 @@ def main():
 
 def check(cfg):
     """Settings that are valid one by one but not together."""
-    check_job(cfg)
+    check_job(cfg, KEYS)
     if bool(cfg.predict) != bool(cfg.sentence and cfg.sentence.strip()):
         raise UserError('predict=FOLDER and sentence="what to look for" need each other')
     if not cfg.predict and not cfg.captions:
@@ -229,7 +230,8 @@ class TextToImage(nn.Module):
 
 def build_model(cfg, train_split, device):
     """→ (model, text side, what the file says of it, a sentence). With weights=, all settings come from that file."""
-    m = use_meta(cfg, "finetune_t2i.py", "vocabulary", "token", "project", "text", "max_tokens")
+    own = ("token", "project", "text", "max_tokens")
+    m, loaded = use_meta(cfg, "finetune_t2i.py", "vocabulary", *own)
     start, pose_token = (None, cfg.pose_token) if m else (cfg.encoder, cfg.encoder is None or reads_pose(cfg.token))
     encoder, size, sentence = load_encoder(
         start, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token, cfg.drop_path,
@@ -253,7 +255,7 @@ def build_model(cfg, train_split, device):
         bert_width=text.width or 0, vocabulary=json.dumps(text.words if words else []),
     )  # fmt: skip
     about = f"{words} words" if words else f"frozen {cfg.bert}"
-    return model, text, meta, f"{f'model {cfg.weights}' if m else sentence}; text: {about}"
+    return model, text, meta, f"{loaded if m else sentence}; text: {about}"
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -361,12 +363,14 @@ def finish(cfg, model, text, split, log, step, rank, world, device):
 
 def predict(cfg, rank, world, device):
     """The pictures of a folder, best first for a sentence → ranking.json and ranking.png (the ten best)."""
-    names = picture_names(cfg.predict, below=True)
-    refuse_bad_pictures(cfg.predict, as_bytes(cfg.predict, names))
-    model, text, _, _ = build_model(cfg, None, device)
+    folder, names = pictures_at(cfg.predict)
+    refuse_bad_pictures(folder, as_bytes(folder, names))
+    model, text, _, sentence = build_model(cfg, None, device)
     if open_run(cfg, KEYS, rank) == "finished":
         return
-    files, model = [str(Path(cfg.predict) / name) for name in names], model.to(device)
+    if rank == 0:
+        print(sentence, file=sys.stderr)
+    files, model = [str(Path(folder) / name) for name in names], model.to(device)
     v = embed_pictures(cfg, model, files, rank, world, device)
     t = embed_texts(cfg, model, text, [cfg.sentence], 0, 1, device)
     if rank == 0:
@@ -375,7 +379,8 @@ def predict(cfg, rank, world, device):
         rows = [{"image": str(names[i]), "cosine": round(float(score[i]), 5)} for i in order]
         write_json(out / "ranking.json", {"sentence": cfg.sentence, "ranking": rows})
         answers = [(load_picture("", files[i]), None) for i in order[:10]]
-        sheets.caption_sheet([(None, answers)], [cfg.sentence], out / "ranking.png", "Best pictures for a sentence")
+        title = "Best guesses for a sentence"
+        sheets.caption_sheet([(None, answers)], [cfg.sentence], out / "ranking.png", title)
         (out / "done").touch()
         print(f"wrote {out}/ranking.json ({len(rows)} pictures, best {rows[0]['image']}), ranking.png")
     barrier()

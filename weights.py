@@ -228,18 +228,23 @@ def use_meta(cfg, stage, mark, *names):
     """With weights=, the file of a finished run of `stage` decides about the model: its settings replace cfg's.
 
     These are size, patch, pose_token, height, width and the stage's own `names`. mark: an entry only its files have.
-    → all that the file says, as text; {} without weights=. Raises UserError for any other file.
+    → (all that the file says, as text; {} without weights=; a sentence with the keys it changed).
+    Raises UserError for any other file.
     """
     meta, written = encoder_meta(cfg.weights), {"patch": "patch_size", "width": "width_px"}
     if cfg.weights and mark not in meta:
         raise UserError(f"{cfg.weights} is no model.safetensors of {stage}")
+    changed = []
     try:
         for name in ("size", "patch", "pose_token", "height", "width", *names) if cfg.weights else ():
             text, kind = meta[written.get(name, name)], type(getattr(cfg, name, True))
-            setattr(cfg, name, text == "True" if kind is bool else kind(text))
+            value = text == "True" if kind is bool else kind(text)
+            if hasattr(cfg, name) and getattr(cfg, name) != value:
+                changed.append(f"{name}={value} (not {getattr(cfg, name)})")
+            setattr(cfg, name, value)
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{cfg.weights} does not say its {name} as {stage} writes it; check the file") from None
-    return meta
+    return meta, f"model {cfg.weights}" + (f", which sets {', '.join(changed)}" if changed else "")
 
 
 def short_list(names):

@@ -3,6 +3,7 @@ with BERT (a tiny random one), training that learns, ranks, resume after a kill,
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -366,7 +367,7 @@ def test_one_batch_is_overfitted(people):
     assert retrieval_metrics(v, t, person.numpy(), person.numpy())["t2i_R1"] == 1.0
 
 
-def test_training_finds_new_people_by_sentence(people, tmp_path, monkeypatch):
+def test_training_finds_new_people_by_sentence(people, tmp_path, monkeypatch, capfd):
     run(monkeypatch, args(people, tmp_path / "a", *FAST, "epochs=12"))
     got = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert (got["pictures"], got["captions"], got["persons"]) == (9, 18, 5)
@@ -378,6 +379,7 @@ def test_training_finds_new_people_by_sentence(people, tmp_path, monkeypatch):
                       *MACHINE])  # fmt: skip
     again = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert again == got
+    assert "model.safetensors, which sets size=tiny (not base), patch=" in capfd.readouterr().err
 
     search = ["sentence=a person with green trousers and a red top", f"predict={people / 'imgs'}"]
     run(monkeypatch, [weights, *search, f"out={tmp_path / 'c'}", *MACHINE])
@@ -385,6 +387,12 @@ def test_training_finds_new_people_by_sentence(people, tmp_path, monkeypatch):
     assert len(found) == 33 and found[0]["cosine"] >= found[1]["cosine"] >= found[-1]["cosine"]
     assert {row["image"][:4] for row in found[:2]} == {"0000"}  # red over green
     assert (tmp_path / "c" / "ranking.png").exists()
+    one = f"predict={people / 'imgs' / found[3]['image']}"
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, [weights, search[0], one, *MACHINE])  # without out=
+    alone = json.loads(Path("runs/t2i_predict/ranking.json").read_text())["ranking"]
+    assert [row["image"] for row in alone] == [Path(found[3]["image"]).name]
+    assert alone[0]["cosine"] == pytest.approx(found[3]["cosine"], abs=1e-4)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "cut.png").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match="cut.png is damaged or truncated .*mend or remove it"):

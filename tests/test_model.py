@@ -387,7 +387,7 @@ def test_torchvision_vit_gives_the_same_tokens():
 
 
 def dinov2_layout(theirs):
-    """transformers' Dinov2Model, of old and new versions → DINOv2's own names, which are timm's too."""
+    """transformers' Dinov2Model, old and new → DINOv2's own names, which are timm's too."""
     parts = [(r"^embeddings\.(\w+_token)", r"\1"), ("^embeddings.position_.*", "pos_embed")]
     parts += [("^embeddings.patch_embeddings.projection", "patch_embed.proj")]
     parts += [("^layernorm", "norm"), ("^encoder.layer.", "blocks.")]
