@@ -16,6 +16,7 @@ The last epoch is reported, never the best one on the test set. HAP ViT-B: Marke
 Legend: B pictures on this rank · M all ranks · D feature width · Q queries · G gallery · C people in training.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -271,15 +272,18 @@ def embed(cfg, model, data, rank, world, device):
 def evaluate(cfg, model, query, gallery, rank, world, device):
     """→ dict of ranking_metrics, "features" (of queries and of gallery), "reranked" (the metrics again, if asked).
 
-    The features are made by all ranks; rank 0 ranks them (the other ranks get the features only).
+    The features are made by all ranks; rank 0 ranks them (the other ranks get the features only),
+    with the threads of all: torchrun gives a rank one.
     """
     features = [embed(cfg, model, part, rank, world, device) for part in (query, gallery)]
-    result = {"features": features}
+    result, threads = {"features": features}, torch.get_num_threads()
     if rank == 0:
         both = (features[0], query.ids, query.cameras, features[1], gallery.ids, gallery.cameras)
+        torch.set_num_threads(max(threads, min(world * threads, os.cpu_count())))
         result |= evaluate_features(*both)
         if cfg.rerank:
             result["reranked"] = evaluate_features(*both, rerank=True)
+        torch.set_num_threads(threads)
     barrier()
     return result
 
