@@ -328,8 +328,8 @@ def reranked_chunks(query, gallery, k1=20, k2=6, weight=0.3):
     """k-reciprocal re-ranking [Zhong 2017], k1 20, k2 6, λ .3: → (first row, distance (rows, G)), piece by piece.
 
     The published code holds several (Q + G)² matrices (Market-1501: 2 GB each). Here neighbours are found by chunks and
-    the k-reciprocal vectors are sparse, so memory grows with Q + G (768 wide, the whole process's peak: Market-1501's
-    size 1.9 GB, MSMT17's 2.5 GB and 222 s of one core).
+    the k-reciprocal vectors are sparse, so memory grows with Q + G (768 wide, the whole process's
+    peak: Market-1501's size 1.9 GB, MSMT17's 2.5 GB and 222 s of one core).
     """
     z = np.concatenate([query, gallery])
     N, Q = len(z), len(query)
