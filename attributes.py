@@ -30,39 +30,53 @@ THRESHOLD = 0.5  # [Rethinking_of_PAR]
 
 class Split(NamedTuple):
     files: list  # paths of N pictures
-    labels: np.ndarray  # (N, A) int8: 1 yes, 0 no, anything else unknown (RAP v2 has 2): not trained, never right
+    labels: np.ndarray  # (N, A) int8: 1 yes, 0 no
 
 
 def read_attributes(cfg):
-    """→ (names of the A attributes, {"train", "val", "test"} → Split, a sentence about what was read)."""
+    """→ (names of the A attributes, {"train", "val", "test"} → Split, a sentence about them).
+
+    With eval_only there is "test" alone, and neither files nor pictures of the others are needed.
+    A label of 2 ("uncertain", in RAP v2) becomes 0  [Rethinking_of_PAR].
+    """
     reader = {"pa100k": read_pa100k, "peta": read_peta, "rap": read_rap, "csv": read_csvs}[cfg.dataset]
     try:
         names, splits = reader(cfg)
     except (AttributeError, LookupError, OverflowError, TypeError, ValueError) as error:  # fields of other kinds
-        file = cfg.annotation or cfg.train
+        file = cfg.annotation or cfg.train or cfg.test
         raise UserError(f"{file} is not laid out as {cfg.dataset} is: {error!r}; damaged or of another set?") from None
-    if cfg.select == "val" and not len(splits["val"].files):
+    if cfg.eval_only:
+        splits = {"test": splits["test"]}
+    elif cfg.select == "val" and not len(splits["val"].files):
         raise UserError("select=val but there are no validation pictures; give val= or use select=last")
+    uncertain = 0
     for kind, split in splits.items():
         if split.labels.shape != (len(split.files), len(names)):
             raise UserError(
                 f"{cfg.annotation or getattr(cfg, kind)}: labels of shape {split.labels.shape} for {len(split.files)} "
                 f"{kind} pictures and {len(names)} attributes; the file is damaged or of another data set"
             )
+        unknown = np.setdiff1d(split.labels, (0, 1, 2))
+        if len(unknown):
+            raise UserError(
+                f"{cfg.annotation or getattr(cfg, kind)}: labels of value {unknown[0]} in {kind}; "
+                "0, 1 and 2 (uncertain, taken as 0) are known"
+            )
+        uncertain += int((split.labels == 2).sum())
+        splits[kind] = split._replace(labels=(split.labels == 1).astype(np.int8))
         missing = [file for file in split.files if not os.path.isfile(file)]
         if missing:
             raise UserError(f"{missing[0]} is missing (and {len(missing) - 1} more {kind} pictures); set images=")
         refuse_bad_pictures("", as_bytes("", split.files), cfg.annotation or getattr(cfg, kind))
     counts = {kind: len(split.files) for kind, split in splits.items()}
-    if not counts["train"] or not counts["test"]:
-        raise UserError(f"{cfg.annotation or cfg.train}: a split is empty, {counts}")
+    if not all(counts.get(kind, 1) for kind in ("train", "test")):
+        raise UserError(f"{cfg.annotation or cfg.train or cfg.test}: a split is empty, {counts}")
     report = f"{len(names)} attributes; pictures: " + ", ".join(f"{n} {kind}" for kind, n in counts.items())
-    if cfg.trainval:
+    if cfg.trainval and not cfg.eval_only:
         files, labels = zip(splits["train"], splits["val"])
         splits["train"] = Split(files[0] + files[1], np.concatenate(labels))
-    unknown = sum(int(((s.labels != 0) & (s.labels != 1)).sum()) for s in splits.values())
-    report += f"; {unknown} labels neither 0 nor 1 are not trained" if unknown else ""
-    for kind in ("train", "test"):
+    report += f"; {uncertain} uncertain labels taken as 0" if uncertain else ""
+    for kind in ("train", "test")[cfg.eval_only :]:
         for value, word in ((1, "positive"), (0, "negative")):
             never = [n for n, any_ in zip(names, (splits[kind].labels == value).any(0)) if not any_]
             report += f"; never {word} in {kind}: {', '.join(never)}" if never else ""
@@ -97,7 +111,7 @@ def read_pa100k(cfg):
     splits = {}
     for k in kinds:
         files = below(cfg, "data", texts(m[f"{k}_images_name"]))
-        splits[k] = Split(files, np.atleast_2d(m[f"{k}_label"]).astype(np.int8))
+        splits[k] = Split(files, np.atleast_2d(m[f"{k}_label"]).astype(float))
     return texts(m["attributes"]), splits
 
 
@@ -108,7 +122,7 @@ def read_peta(cfg):
     1-based train, val, test. Pictures are 00001.png … in the order of the rows.
     """
     data, names, _, partition = struct_fields(cfg, read_mat(cfg, "peta")["peta"], 4)[:4]
-    labels, names = np.asarray(data)[:, 4:39].astype(np.int8), texts(names)[:35]
+    labels, names = np.asarray(data)[:, 4:39].astype(float), texts(names)[:35]
     files = below(cfg, "images", [f"{i + 1:05d}.png" for i in range(len(labels))])
     rows = list(one_of(cfg, partition).values())
     return names, take_rows(cfg, files, labels, dict(zip(("train", "val", "test"), rows)))
@@ -131,7 +145,7 @@ def read_rap(cfg):
         partition, labels, _, names, _, files = struct_fields(cfg, rap, 6)[:6]
         labels, names, files = np.asarray(labels)[:, :51], texts(names)[:51], texts(files)
         rows = dict(zip(("train", "test"), one_of(cfg, partition).values())) | {"val": []}
-    return names, take_rows(cfg, below(cfg, "RAP_dataset", files), labels.astype(np.int8), rows)
+    return names, take_rows(cfg, below(cfg, "RAP_dataset", files), labels.astype(float), rows)
 
 
 def struct_fields(cfg, struct, count):
@@ -163,7 +177,7 @@ def take_rows(cfg, files, labels, rows):
 def read_csvs(cfg):
     """train, val and test CSV: header `image,attribute,…`, one picture a line, 0 or 1; the same header in all."""
     names, splits = None, {}
-    for kind in ("train", "val", "test"):
+    for kind in ("train", "val", "test") if not cfg.eval_only else ("test",):
         path = getattr(cfg, kind)
         if path is None:
             splits[kind] = Split([], np.empty((0, len(names)), np.int8))
@@ -219,12 +233,13 @@ class AttributePictures(Dataset):
 def weighted_bce(logits, labels, ratio):
     """Weighted binary cross-entropy [Rethinking_of_PAR], float32: summed over attributes, mean over this rank's B.
 
-    logits (B, A), labels (B, A) of 0 and 1 (others count nothing), ratio (A,) r in [0, 1]. → scalar. All ranks have the
-    same B, so the mean over ranks is the loss of the global batch. r = 0 or 1 (a class never seen) is no special case.
+    logits (B, A), labels (B, A) of 0 and 1, ratio (A,) r in [0, 1]. → scalar. All ranks have the
+    same B, so the mean over ranks is the loss of the global batch. r = 0 or 1 (a class never seen)
+    is no special case.
     """
-    y = (labels == 1).float()
+    y = labels.float()
     # w = exp(y(1 − r) + (1 − y)r): the rarer class weighs up to e times more
-    weight = torch.exp(y * (1 - ratio) + (1 - y) * ratio) * ((labels == 0) | (labels == 1))
+    weight = torch.exp(y * (1 - ratio) + (1 - y) * ratio)
     # L = 1/B Σ_b Σ_a w_ba BCE(σ(logit_ba), y_ba)
     return F.binary_cross_entropy_with_logits(logits.float(), y, weight, reduction="none").sum(1).mean()
 

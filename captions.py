@@ -14,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
 from common import SAMPLE, seed_all
 from config import UserError
 from data import as_bytes, load_picture, read_json, refuse_bad_pictures
-from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
+from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast, world_size
 from reid import evaluate_features
 
 
@@ -37,13 +38,15 @@ class Captioned(NamedTuple):
         return int(self.ids.max()) + 1
 
 
-def read_captions(path, folder=None):
+def read_captions(path, folder=None, leave_out=(), trainval=False):
     """→ {"train", "val", "test"} → Captioned, from the JSON files as downloaded.
 
     All three are a list of {"split": train | val | test, "captions": [text, …], "id": whole number, and the picture:
     "file_path" (CUHK-PEDES' reid_raw.json, ICFG-PEDES) or "img_path" (RSTPReid's data_captions.json)}. `folder`: where
     the pictures are, by default `imgs` or `images` beside the JSON. A split without entries is None.
-    Raises UserError: not such a file, an unknown split, an empty caption, missing or damaged pictures.
+    leave_out: ids of training people that are not wanted. trainval: val's entries join train's.
+    Raises UserError: not such a file, an unknown split, an empty caption, missing or damaged
+    pictures, nobody to train on who has an id of leave_out.
     """
     path = Path(path)
     entries = read_json(path)
@@ -64,12 +67,16 @@ def read_captions(path, folder=None):
         if not entry["captions"] or not all(isinstance(t, str) and t.strip() for t in entry["captions"]):
             raise UserError(f"{where} ({name}) has an empty caption or none; remove the entry or write the caption")
         rows[entry["split"]].append((str(folder / name), entry["id"], entry["captions"]))
+    rows["train"] += rows["val"] if trainval else []
+    strangers = set(leave_out) - {person for _, person, _ in rows["train"]}
+    if strangers:
+        raise UserError(f"leave_out={min(strangers)}: {path} has no such person to train on")
+    rows["train"] = [row for row in rows["train"] if row[1] not in leave_out]
     missing = [file for part in rows.values() for file, _, _ in part if not os.path.isfile(file)]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"{path} names the picture {missing[0]}, which is missing{more}; set images=")
-    files = [file for part in rows.values() for file, _, _ in part]
-    refuse_bad_pictures("", as_bytes("", files), path)
+    refuse_bad_pictures("", as_bytes("", [file for part in rows.values() for file, _, _ in part]))
     return {split: as_split(part) if part else None for split, part in rows.items()}
 
 
@@ -119,6 +126,10 @@ class Bert:
     """Frozen BERT: token ids → last hidden states. It is no part of the model that is trained and saved.
 
     source: a hub id such as google-bert/bert-base-uncased, or a folder written by save_pretrained.
+    deviates from HAP: it stays in evaluation mode. HAP's train() after the first test switches its
+    dropout on.
+    deviates from HAP: [CLS] and [SEP] stand around every sentence. HAP leaves them out of the
+    training sentences of CUHK-PEDES alone; those of its test, of ICFG-PEDES and of LGUR have them.
     """
 
     def __init__(self, source, device="cpu"):
@@ -140,13 +151,12 @@ class Bert:
     @torch.no_grad()
     def vectors(self, tokens, lengths):
         """(B, T) ids, (B,) lengths → (B, T, U) float32; what stands behind a sentence's end is masked."""
-        lengths = lengths.to(tokens.device, non_blocking=True)
         mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         return self.model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state
 
 
 def pad_tokens(rows):
-    """Lists of token ids → (B, T) int64 padded with 0, (B,) lengths on the CPU, where packing a sequence needs them."""
+    """Lists of token ids → (B, T) int64 padded with 0, (B,) lengths."""
     lengths = torch.tensor([len(row) for row in rows])
     tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
     for i, row in enumerate(rows):
@@ -158,17 +168,22 @@ def pad_tokens(rows):
 
 
 class Pairs(Dataset):
-    """Item (epoch, caption index) → picture uint8 (3, H, W), token ids, person, index: f(seed, …)."""
+    """Item (epoch, caption index) → picture uint8 (3, H, W), token ids, person, index: f(seed, …).
+
+    Pictures [HAP]: bicubic resize, a black border and a crop of the old size, flip .5.
+    """
 
     def __init__(self, split, text, cfg):
         self.split, self.tokens = split, [text.tokens(t, cfg.max_tokens) for t in split.texts]
-        self.size, self.flip, self.seed = (cfg.height, cfg.width), cfg.flip, cfg.seed
+        self.size, self.seed = (cfg.height, cfg.width), cfg.seed
+        crop = v2.RandomCrop(self.size, cfg.pad)
+        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(cfg.flip)])
 
     def __getitem__(self, item):
         epoch, index = item
         seed_all(SAMPLE, self.seed, epoch, index)
         row = int(self.split.picture[index])
-        picture = picture_of(self.split.files[row], self.size, torch.rand(()) < self.flip)
+        picture = self.augment(picture_of(self.split.files[row], self.size)).contiguous()
         return picture, self.tokens[index], int(self.split.ids[row]), index
 
     def name(self, index):
@@ -193,9 +208,8 @@ class Gallery(Dataset):
         return picture_of(self.files[row], self.size)
 
 
-def picture_of(file, size, mirror=False):
+def picture_of(file, size):
     picture = load_picture("", file).resize(size[::-1], Image.Resampling.BICUBIC)
-    picture = ImageOps.mirror(picture) if mirror else picture
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
@@ -209,7 +223,11 @@ def ranking_loss(v, t, person, noise, margin=0.2):
     this rank's rows of the draw for the global batch. Columns are the pairs of all ranks, with gradient.
     Semi-hard for anchor i: another person's j, less alike than the own partner, but within the margin:
     s_ii − margin < s_ij < s_ii. Anchors without one count 0.
-    → (scalar: this rank's share of the mean over all anchors, share of anchors with a negative).
+    deviates from HAP: where no anchor of the batch has one, HAP takes the last anchor's first other
+    person.
+    → (scalar: this rank's share of the sum over all anchors, share of anchors with a negative).
+    The sum [HAP], not the mean: beside the cross-entropies the term grows with the batch. The mean
+    of the shares over the ranks is the sum of the global batch: hence a rank's sum × their number.
     """
     with no_autocast(v):
         v, t = (F.normalize(x, dim=1) for x in full_precision(v, t))
@@ -221,14 +239,17 @@ def ranking_loss(v, t, person, noise, margin=0.2):
             semi_hard = other & (excess > 0) & (similarity < own)
             pick = u.masked_fill(~semi_hard, -1.0).argmax(1, keepdim=True)  # one of them, each equally likely
             has = semi_hard.gather(1, pick)
-            # L_rank = 1/M Σ_i [ [margin − s(v_i, t_i) + s(v_i, t_j)]_+ + [margin − s(t_i, v_i) + s(t_i, v_k)]_+ ]
-            loss = loss + (excess.gather(1, pick) * has).mean()
+            # L_rank = Σ_i [m − s(v_i, t_i) + s(v_i, t_j)]_+ + [m − s(t_i, v_i) + s(t_i, v_k)]_+
+            loss = loss + (excess.gather(1, pick) * has).sum() * world_size()
             found = found + has.float().mean() / 2
         return loss, found
 
 
 def retrieval_metrics(v, t, image_ids, text_ids):
     """R@1, R@5, R@10 and mAP both ways; an answer is right if it is of the same person.
+
+    AP by rank, as in ReID (see reid.ranking_metrics). HAP's and LGUR's code takes the area under
+    the precision-recall curve by trapezia, which is never larger: compare R@k with theirs, not mAP.
 
     v (N, E), t (C, E) float32 of length 1; ids (N,), (C,) whole numbers. → dict of fractions `t2i_R1` … `i2t_mAP`, and
     "ap" (C,), the average precision of each caption. ReID's ranking does the counting; there are no cameras here.

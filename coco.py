@@ -4,6 +4,7 @@ Legend: N annotated people · K joints. Frame: pixel centres at whole numbers; b
 """
 
 import json
+import os
 from array import array
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from config import UserError
-from data import find_bad_pictures, flip_ids, joint_name
+from data import find_bad_pictures, flip_ids, joint_name, picture_fault
 
 MIN_SCORE = 0.2  # HRNet and ViTPose count a joint into a pose's score from here [HRNet] [ViTPose]
 
@@ -49,18 +50,22 @@ def read_people(
     max_bad=0,
     check_pictures=True,
     min_score=MIN_SCORE,
+    max_bad_boxes=None,
 ):
     """Read a COCO keypoint JSON with any joint set. `folder` defaults to `images` beside it, or else its own folder.
 
     Rows of the first category with keypoints count. Names of joints are respelt as COCO's
     (data.joint_name); scores in place of visibilities become such (see `visibility`).
-    Crowd annotations and people with fewer than `min_joints` joints
-    are left out. Pictures that are missing, empty, truncated or of another size than the file says are an error that
-    names the first; with `max_bad` > 0 up to that many are left out instead.
-    → (People, {"bad": [names left out], "clipped": boxes cut to their picture, "scores": it holds
-    scores}).
-    Raises UserError: not such a file, ids that do not match or stand twice, a wrong keypoint count, a number that is
-    not finite, a visibility that is none, a box without area or outside its picture, nobody left.
+    Crowd annotations and people with fewer than `min_joints` joints are left out; a person whose
+    `num_keypoints` is 0 has none, whatever is listed (CrowdPose does not count head and neck).
+    Pictures that are missing, empty, truncated or of another size than the file says are an error
+    that names the first; with `max_bad` > 0 up to that many are left out instead. So are up to
+    `max_bad_boxes` people whose box is not finite, has no area or lies outside its picture.
+    Pictures listed with width and height swapped, as in CrowdPose's old files, keep their own size.
+    → (People, {"bad": [names left out], "bad_boxes": people left out, "turned": pictures listed
+    with sides swapped, "clipped": boxes cut to their picture, "scores": it holds scores}).
+    Raises UserError: not such a file, ids that do not match or stand twice, a wrong keypoint count,
+    a number that is not finite, a visibility that is none, nobody left.
     """
     path = Path(annotations)
     images, rows, document = _parse_coco(path)
@@ -74,14 +79,12 @@ def read_people(
     if image.min() < 0:
         unknown = ids[image.argmin()]
         raise UserError(f"{path}: an annotation names image id {unknown}, which is not among the images")
-    size = size[image]
-    boxes, clipped = _clip_boxes(rows["bbox"], size, rows["id"], path)
     folder = Path(folder) if folder else path.parent / "images" if (path.parent / "images").is_dir() else path.parent
     people = People(
         folder=str(folder),
         files=files[image],
-        size=size,
-        boxes=boxes,
+        size=size[image],
+        boxes=rows["bbox"],
         keypoints=rows["keypoints"],
         pose_id=rows["pose_id"],
         annotation_id=rows["id"],
@@ -92,21 +95,42 @@ def read_people(
         flip=flip_ids(joints),
         category=category,
     )
-    keep = (rows["iscrowd"] == 0) & ((people.keypoints[:, :, 2] > 0).sum(1) >= min_joints)
+    joints = (people.keypoints[:, :, 2] > 0).sum(1) * (rows["num_keypoints"] != 0)
+    keep = (rows["iscrowd"] == 0) & (joints >= min_joints)
     people = people if keep.all() else people.take(keep)
-    bad = []
+    bad, turned = [], 0
     if check_pictures:
-        bad = find_bad_pictures(people.folder, people.files, people.size, path)
+        people, turned, bad = _check_pictures(people, path)
     if len(bad) > max_bad:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         name, reason = bad[0]
         raise UserError(f"{folder}/{name} is {reason}{more} (of {path}); mend it or allow max_bad={len(bad)}")
     if bad:
         people = people.take(~np.isin(people.files, np.array([name.encode() for name, _ in bad])))
+    people, clipped, bad_boxes = _clip_boxes(people, path, max_bad_boxes)
     if not len(people.files):
         why = f"crowds, people with fewer than {min_joints} joint(s) or without a whole picture"
         raise UserError(f"{path}: all of its {len(ids)} annotations are {why}; look at the file")
-    return people, {"bad": [name for name, _ in bad], "clipped": clipped, "scores": scores}
+    notes = {"bad": [name for name, _ in bad], "bad_boxes": bad_boxes, "turned": turned}
+    return people, notes | {"clipped": clipped, "scores": scores}
+
+
+def _check_pictures(people, path):
+    """→ (people, how many pictures are listed with sides swapped, find_bad_pictures of the rest).
+
+    The people get the swapped pictures' own sizes.
+    """
+    bad = find_bad_pictures(people.folder, people.files, people.size, path)
+    other_size = [name.encode() for name, reason in bad if "its annotation says" in reason]
+    size, turned = people.size.copy(), {}  # turned: name → whether its sides are swapped
+    for row in np.flatnonzero(np.isin(people.files, np.array(other_size, dtype=np.bytes_))):
+        name, own = people.files[row].decode(), people.size[row, ::-1]
+        if name not in turned:
+            turned[name] = not picture_fault(os.path.join(people.folder, name), tuple(own.tolist()))
+        if turned[name]:
+            size[row] = own
+    bad = [(name, reason) for name, reason in bad if not turned.get(name)]
+    return people._replace(size=size), sum(turned.values()), bad
 
 
 def _parse_coco(path):
@@ -114,9 +138,11 @@ def _parse_coco(path):
 
     → {image id: its row in rows["file"] and rows["size"]}, rows (name → array of all annotations), the rest.
     """
-    images, rows = {}, {name: array("q") for name in ("id", "image_id", "pose_id", "iscrowd", "category_id", "count")}
+    names = "id image_id pose_id iscrowd category_id num_keypoints count".split()
+    images, rows = {}, {name: array("q") for name in names}
     rows |= {name: array("f") for name in ("keypoints", "bbox", "area")} | {"file": [], "size": array("q")}
     defaults = (("id", None), ("image_id", None), ("pose_id", -1), ("iscrowd", 0), ("category_id", -1))
+    defaults += (("num_keypoints", -1),)
 
     def take(entry):
         if "image_id" in entry:
@@ -204,8 +230,6 @@ def _rows_of(rows, category_id, k, path):
     twice[order[1:]] = np.diff(rows["id"][order]) == 0
     refuse(twice, lambda a: "stands twice; ids must differ")
     refuse(~np.isfinite(rows["keypoints"]).all((1, 2)), lambda a: "has a keypoint that is not finite")
-    good = np.isfinite(rows["bbox"]).all(1) & (rows["bbox"][:, 2:] > 0).all(1)
-    refuse(~good, lambda a: f"has box {rows['bbox'][a].tolist()}; finite x, y, w, h with w, h > 0 are needed")
     refuse(~np.isfinite(rows["area"]), lambda a: f"has area {rows['area'][a]}, which is not finite")
     return rows
 
@@ -228,19 +252,29 @@ def visibility(values, min_score, ids, path):
     return np.where(values >= min_score, 2, 0) if scores else values, scores
 
 
-def _clip_boxes(boxes, size, ids, path):
-    """Boxes cut to their pictures, and how many were cut by more than a pixel. A centre outside is an error."""
-    centre = boxes[:, :2] + boxes[:, 2:] / 2
-    outside = np.flatnonzero((centre < 0).any(1) | (centre > size).any(1))
-    if len(outside):
-        a = outside[0]
-        raise UserError(
-            f"{path}: annotation {ids[a]} has box {boxes[a].tolist()} outside its {size[a].tolist()} picture"
-        )
-    low, high = np.maximum(boxes[:, :2], 0), np.minimum(boxes[:, :2] + boxes[:, 2:], size)
-    cut = np.concatenate([low, high - low], 1).astype(np.float32)
-    empty = np.flatnonzero((cut[:, 2:] <= 0).any(1))  # such as 1e-9 px at x = 20, where float32 holds no such step
-    if len(empty):
-        a = empty[0]
-        raise UserError(f"{path}: annotation {ids[a]} has box {boxes[a].tolist()}, of no width or height in float32")
-    return cut, int((np.abs(cut - boxes) > 1).any(1).sum())
+def _clip_boxes(people, path, max_bad_boxes):
+    """→ (people with boxes cut to their pictures, how many were cut, how many people left out)."""
+    boxes, size = people.boxes, people.size
+    with np.errstate(invalid="ignore"):  # NaN and infinite boxes
+        low, high = np.maximum(boxes[:, :2], 0), np.minimum(boxes[:, :2] + boxes[:, 2:], size)
+        cut = np.concatenate([low, high - low], 1).astype(np.float32)
+        centre = boxes[:, :2] + boxes[:, 2:] / 2
+        area = np.isfinite(boxes).all(1) & (boxes[:, 2:] > 0).all(1)
+        inside = (centre >= 0).all(1) & (centre <= size).all(1)
+        # A box such as 1e-9 px at x = 20, where float32 holds no such step, is empty once cut.
+        good = area & inside & (cut[:, 2:] > 0).all(1)
+    wrong = np.flatnonzero(~good)
+    if len(wrong) > (max_bad_boxes or 0):
+        a = wrong[0]
+        problem = "; finite x, y, w, h with w, h > 0 are needed"
+        if area[a]:
+            problem = ", of no width or height in float32"
+        if area[a] and not inside[a]:
+            problem = f" outside its {size[a].tolist()} picture"
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        hint = "" if max_bad_boxes is None else f"; mend it or allow max_bad_boxes={len(wrong)}"
+        what = f"annotation {people.annotation_id[a]} has box {boxes[a].tolist()}{problem}"
+        raise UserError(f"{path}: {what}{more}{hint}")
+    people = people._replace(boxes=cut)
+    clipped = int((np.abs(cut - boxes)[good] > 1).any(1).sum())
+    return people.take(good) if len(wrong) else people, clipped, len(wrong)

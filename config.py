@@ -82,7 +82,8 @@ class Key(NamedTuple):
 def read_config(keys, doc, argv=None):
     """`--cfg file.yaml key=value ...` → namespace with every key of `keys` (name → Key).
 
-    Order: defaults, then the YAML file, then the command line. `--help` prints `doc` and the table of keys.
+    Order: defaults, then the YAML file, then the command line; `given` holds the names it gave.
+    `--help` prints `doc` and the table of keys.
     Raises UserError for unknown keys, wrong types and impossible values. Touches no file but the YAML.
     """
     argv = sys.argv[1:] if argv is None else argv
@@ -102,7 +103,7 @@ def read_config(keys, doc, argv=None):
                 near = difflib.get_close_matches(str(name), keys, n=1, cutoff=0.0)[0]
                 raise UserError(f'unknown key "{name}" in {where}; nearest valid key: {near}')
             values[name] = checked(name, value, keys[name], where)
-    return SimpleNamespace(**values)
+    return SimpleNamespace(**values, given=set(split_overrides(args.overrides)))
 
 
 def describe(keys):
@@ -113,8 +114,12 @@ def describe(keys):
     return "\n".join(line.replace("%", "%%") for line in lines)
 
 
-def check_job(cfg):
-    """A fine-tuning stage trains, or, with the weights= of a finished run, does one of eval_only and predict."""
+def check_job(cfg, keys):
+    """A fine-tuning stage trains, or with a finished run's weights= does one of eval_only, predict.
+
+    These two write to a folder of their own unless the command line names one: a config's `out` is
+    its training's.
+    """
     if cfg.eval_only and cfg.predict:
         raise UserError("eval_only and predict are two jobs; give one")
     if bool(cfg.eval_only or cfg.predict) != bool(cfg.weights):
@@ -122,6 +127,8 @@ def check_job(cfg):
             "weights= (a finished run's model.safetensors) and eval_only=true or predict=FOLDER need each other; "
             "to start a fine-tuning from an encoder use encoder="
         )
+    if cfg.weights and "out" not in cfg.given:
+        cfg.out = keys["out"].default + ("_eval" if cfg.eval_only else "_predict")
 
 
 def read_yaml(path):

@@ -106,6 +106,13 @@ def picture_names(folder, below=False):
     return names
 
 
+def pictures_at(path):
+    """A folder of pictures, or one picture → (folder, sorted names of the pictures below it)."""
+    if Path(path).is_file() and Path(path).suffix.lower() in PICTURES:
+        return str(Path(path).parent), [Path(path).name]
+    return str(path), picture_names(path, below=True)
+
+
 def read_json(path):
     """Any JSON file; one clear line where it is none."""
     try:

@@ -7,17 +7,21 @@ Outputs  in `out`: metrics.json (mA, accuracy, precision, recall, F1), attribute
   python finetune_par.py --cfg configs/finetune_par_demo.yaml
   torchrun --nproc_per_node=2 finetune_par.py --cfg configs/finetune_par_pa100k.yaml encoder=ENCODER \\
          annotation=PA-100K/annotation.mat images=PA-100K/data
-  python finetune_par.py --cfg configs/finetune_par_demo.yaml weights=runs/demo/par_run/model.safetensors \\
-         predict=FOLDER out=OUT
+  python finetune_par.py weights=runs/demo/par_pretrained/model.safetensors eval_only=true \\
+         test=runs/demo/people/attributes_test.csv out=OUT
+  python finetune_par.py weights=runs/demo/par_pretrained/model.safetensors predict=FOLDER out=OUT
 
 Recipe: mean of the patch tokens → linear; weighted BCE; AdamW; EMA. The test set is looked at once, at the end: the
 last epoch is reported, or the best one on validation (select=val). The reference code reports its best test epoch.
+deviates from [HAP]: the rate warms up from 0, there from 1e-4, and moves every step, there every
+epoch.
 Legend: B pictures on this rank · A attributes · r positive ratio in training · H, W picture · p probability.
 """
 
 import copy
 import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +44,6 @@ from common import (
     load_checkpoint,
     load_weights,
     open_run,
-    parameter_groups,
     rank_share,
     resume,
     save_checkpoint,
@@ -53,13 +56,13 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import as_bytes, load_picture, normalize, picture_names, refuse_bad_pictures
+from data import as_bytes, load_picture, normalize, pictures_at, refuse_bad_pictures
 from heads import TOKENS, feature_width, reads_pose, token_features
 from model import SIZES
 from weights import load_encoder, meta_of, use_meta
 
 KEYS = dict(
-    out=Key("runs/par", "run folder"),
+    out=Key("runs/par", "run folder; for eval_only runs/par_eval, for predict runs/par_predict"),
     # data
     dataset=Key("csv", "format of the annotation", choices=("pa100k", "peta", "rap", "csv")),
     annotation=Key(None, "annotation.mat (PA-100K), PETA.mat or RAP_annotation.mat (v1, v2)"),
@@ -84,15 +87,16 @@ KEYS = dict(
     batch=Key(64, "pictures in a global batch", "[HAP]", low=1),
     lr=Key(1.7e-4, "peak learning rate", "[HAP] PA-100K", low=0),
     min_lr=Key(1.0e-5, "learning rate at the end of the cosine", "[HAP]", low=0),
-    warmup=Key(0.1, "share of the steps with linear warm-up", "[HAP]", low=0, high=1),
-    weight_decay=Key(5.0e-4, "AdamW weight decay, not on 1-D parameters and tokens", "[HAP]", low=0),
+    warmup=Key(0.1, "share of the steps with linear warm-up", "[HAP], from 1e-4", low=0, high=1),
+    weight_decay=Key(5.0e-4, "AdamW weight decay, on all parameters", "[HAP]", low=0),
     clip_grad=Key(10.0, "largest gradient norm; 0 = no clipping", "[Rethinking_of_PAR]", low=0),
-    ema=Key(0.9998, "decay of the averaged weights, the ones evaluated", "[Rethinking_of_PAR]", low=0, high=1),
+    ema=Key(0.9998, "decay of the averaged weights, the ones evaluated; 0 = no average",
+            "[HAP] PA-100K; 0 elsewhere", low=0, high=1),
     ema_warmup=Key(True, "decay of step t at most (1 + t) / (10 + t), so that a short run forgets its start"),
     seed=Key(0, "seed of everything", low=0),
     # what to do instead of training
     eval_only=Key(False, "only evaluate weights= on the test pictures"),
-    predict=Key(None, "only predict: a folder of pictures → predictions.csv"),
+    predict=Key(None, "only predict: a folder of pictures, or one → predictions.csv"),
     # machine
     precision=Key("auto", "fp32 (no TF32); bf16 autocast; auto: bf16 in hardware", choices=("auto", "fp32", "bf16")),
     device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
@@ -111,7 +115,8 @@ def main():
         return predict(cfg, rank, world, device)
     names, splits, report = read_attributes(cfg)
     seed_all(WEIGHTS, cfg.seed)  # initial weights
-    model, meta, sentence = build_model(cfg, names)
+    ratio = () if cfg.eval_only else (splits["train"].labels == 1).mean(0)
+    model, meta, sentence = build_model(cfg, names, ratio)
     total, step = 0, 0
     if not cfg.eval_only:
         batches = EpochBatches(len(splits["train"].files), cfg.batch, cfg.seed, rank, world)
@@ -123,7 +128,7 @@ def main():
         run = Run(model, cfg)
         step = run.resume(cfg)
     log = Log(cfg.out, total, step, rank, "attributes")
-    log.say(f"{report}; {sentence}; {total} steps of {cfg.batch}")
+    log.say(f"{report}; {sentence}" + (f"; {total} steps of {cfg.batch}" if total else ""))
     if total:
         train(cfg, run, splits, batches, step, total, log, rank, world, device)
         model, epoch = chosen(cfg, run)
@@ -132,21 +137,22 @@ def main():
         if rank == 0:
             save_encoder(Path(cfg.out) / "model.safetensors", model, **meta)
             save_encoder(Path(cfg.out) / "encoder.safetensors", model.encoder, **meta_of(model.encoder, meta["size"]))
-    finish(cfg, model, names, splits, log, rank, world, device)
+    finish(cfg, model, meta, splits["test"], log, rank, world, device)
     log.close()
     barrier()
 
 
 def check(cfg):
     """Settings that are valid one by one but not together."""
-    check_job(cfg)
+    check_job(cfg, KEYS)
     if cfg.predict:
         return
-    if cfg.dataset == "csv" and not (cfg.train and cfg.test):
-        raise UserError("dataset=csv needs train= and test=, CSV files `image,attribute,...`")
+    if cfg.dataset == "csv" and not (cfg.test and (cfg.train or cfg.eval_only)):
+        needs = "test=, a CSV file" if cfg.eval_only else "train= and test=, CSV files"
+        raise UserError(f"dataset=csv needs {needs} `image,attribute,...`")
     if cfg.dataset != "csv" and not cfg.annotation:
         raise UserError(f"dataset={cfg.dataset} needs annotation=, its .mat file")
-    if cfg.trainval and cfg.select == "val":
+    if cfg.trainval and cfg.select == "val" and not cfg.eval_only:
         raise UserError("select=val needs validation pictures that are not trained on; set trainval=false")
 
 
@@ -165,9 +171,12 @@ class AttributeModel(nn.Module):
         return self.head(token_features(self.encoder(images), self.encoder.n_special, self.token))
 
 
-def build_model(cfg, names):
-    """→ (model, what its file says of it, a sentence). With weights=, model and settings come from that file."""
-    m = use_meta(cfg, "finetune_par.py", "attributes", "token")
+def build_model(cfg, names, ratio=()):
+    """→ (model, what its file says of it, a sentence). With weights=, that file says all.
+
+    names: A attributes, None to take the file's; ratio (A,): how often each is true in training.
+    """
+    m, loaded = use_meta(cfg, "finetune_par.py", "train_positive", "token")
     if m:
         known = json.loads(m["attributes"])
         if names is not None and names != known:
@@ -178,8 +187,10 @@ def build_model(cfg, names):
     model = AttributeModel(encoder, cfg.token, len(names))
     if m:
         load_weights(model, load_checkpoint(cfg.weights), cfg.weights)
-        sentence = f"model {cfg.weights}"
-    return model, meta_of(encoder, size) | dict(token=cfg.token, attributes=json.dumps(names)), sentence
+        sentence = loaded
+    meta = meta_of(encoder, size) | dict(token=cfg.token, attributes=json.dumps(names))
+    meta["train_positive"] = m["train_positive"] if m else json.dumps(list(map(float, ratio)))
+    return model, meta, sentence
 
 
 class Run:
@@ -188,7 +199,8 @@ class Run:
     def __init__(self, model, cfg):
         self.model, self.best, self.best_epoch = model, -1.0, 0
         self.ema = copy.deepcopy(model).requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(parameter_groups(model, cfg.weight_decay), lr=0.0, fused=True)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, 0.0, weight_decay=cfg.weight_decay, fused=True)
 
     def average(self, cfg, step):
         """θ_ema ← d·θ_ema + (1 − d)·θ, after step `step` (0-based)."""
@@ -295,14 +307,14 @@ def shown(scores):
     return ", ".join(f"{name} {100 * scores[name]:.2f}" for name in HEADLINE)
 
 
-def finish(cfg, model, names, splits, log, rank, world, device):
+def finish(cfg, model, meta, test, log, rank, world, device):
     """Test figures, per-attribute table, pictures, and the mark that the run is done."""
-    test = splits["test"]
+    names, ratio = json.loads(meta["attributes"]), np.array(json.loads(meta["train_positive"]))
     p = probabilities_of(cfg, model, test, rank, world, device)
     scores = attribute_metrics(p, test.labels)
     if rank:
         return
-    out, ratio = Path(cfg.out), (splits["train"].labels == 1).mean(0)
+    out = Path(cfg.out)
     lonely = [n for n, both in zip(names, scores["both"]) if not both]
     note = "" if not lonely else (
         f"; {', '.join(lonely)}: one class only in test, its missing class counts 0; without "
@@ -333,12 +345,14 @@ def finish(cfg, model, names, splits, log, rank, world, device):
 
 def predict(cfg, rank, world, device):
     """A folder of pictures → predictions.csv (probability of each attribute) and predictions.png."""
-    found = picture_names(cfg.predict, below=True)
-    refuse_bad_pictures(cfg.predict, as_bytes(cfg.predict, found))
-    model, meta, _ = build_model(cfg, None)
+    folder, found = pictures_at(cfg.predict)
+    refuse_bad_pictures(folder, as_bytes(folder, found))
+    model, meta, sentence = build_model(cfg, None)
     if open_run(cfg, KEYS, rank) == "finished":
         return
-    names, files = json.loads(meta["attributes"]), [str(Path(cfg.predict) / name) for name in found]
+    if rank == 0:
+        print(sentence, file=sys.stderr)
+    names, files = json.loads(meta["attributes"]), [str(Path(folder) / name) for name in found]
     split = Split(files, np.full((len(files), len(names)), -1, np.int8))
     p = probabilities_of(cfg, model.to(device), split, rank, world, device)
     if rank == 0:

@@ -7,14 +7,16 @@ Outputs  in `out`: model.safetensors (encoder + head), encoder.safetensors, metr
 
   python finetune_pose.py --cfg configs/finetune_pose_demo.yaml encoder=runs/demo/pretrain/encoder.safetensors
   torchrun --nproc_per_node=8 finetune_pose.py --cfg configs/finetune_pose_coco.yaml encoder=ENCODER
-  python finetune_pose.py eval_only=true weights=runs/pose/model.safetensors val_annotations=val.json out=runs/eval
-  python finetune_pose.py predict=my_pictures weights=runs/pose/model.safetensors out=runs/mine
+  python finetune_pose.py weights=runs/demo/pose_pretrained/model.safetensors eval_only=true \\
+         val_annotations=runs/demo/pose_val/annotations.json out=OUT
+  python finetune_pose.py weights=runs/demo/pose_pretrained/model.safetensors predict=FOLDER out=OUT
 
 The last epoch is reported, never the best one on the test set.
 Legend: B people on this rank · M all ranks · K joints · N patches · D width · S special tokens · H, W input · h, w map.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +60,9 @@ from model import SIZES, layer_of
 from weights import load_encoder, meta_of, use_meta
 
 KEYS = dict(
-    out=Key("runs/pose", "run folder"),
+    out=Key("runs/pose", "run folder; for eval_only runs/pose_eval, for predict runs/pose_predict"),
     eval_only=Key(False, "only evaluate `weights` on val_annotations"),
-    predict=Key(None, "folder of pictures: only predict with `weights`, at whole pictures or `boxes`"),
+    predict=Key(None, "folder of pictures, or one: only predict, at whole pictures or `boxes`"),
     weights=Key(None, "model.safetensors of a finished run, for eval_only and predict"),
     # data
     train_annotations=Key(None, "COCO keypoint JSON, or MPII's list"),
@@ -68,9 +70,10 @@ KEYS = dict(
     val_annotations=Key(None, "the same, to evaluate on"),
     val_images=Key(None, "its picture folder"),
     boxes=Key(None, "person boxes to evaluate or predict at (COCO detections JSON); default: ground truth"),
-    mpii_mat=Key(None, "MPII's ground-truth .mat: official head sizes for PCKh"),
+    mpii_mat=Key(None, "MPII's ground-truth .mat: official head sizes and joints for PCKh"),
     limit=Key(0, "train on the first so many people only; 0 = all", low=0),
     max_bad=Key(0, "missing, empty or truncated pictures that may be left out, counted", low=0),
+    max_bad_boxes=Key(0, "boxes without area on the picture to leave out at most, counted", low=0),
     height=Key(256, "input height", "[ViTPose]", low=16),
     width=Key(192, "input width", "[ViTPose]", low=16),
     padding=Key(1.25, "boxes grow by this after widening to the input's aspect", "[ViTPose]", low=1),
@@ -79,6 +82,8 @@ KEYS = dict(
     scale=Key(0.5, "σ of the random scale clip(N(1, σ), 1 − σ, 1 + σ)", "[ViTPose]", low=0, high=0.9),
     rotation=Key(40.0, "σ of the random rotation in degrees, clipped at 2σ", "[ViTPose]", low=0, high=180),
     rotation_p=Key(0.6, "probability of a rotation", "[ViTPose]", low=0, high=1),
+    shift=Key(0.3, "probability of a box moved by up to a fifth of its sides", "[ViTPose]",
+              low=0, high=1),
     batch=Key(512, "people in a global batch", "[ViTPose]", low=1),
     # model
     encoder=Key(None, "encoder weights to start from; none = from scratch"),
@@ -88,10 +93,12 @@ KEYS = dict(
     tokens=Key("drop", "special tokens: dropped; [POSE] or both added to patches", "[silent]", POSE_TOKENS),
     head=Key("classic", "classic: two deconvolutions; simple: bilinear × 4", "[ViTPose]", ("classic", "simple")),
     sigma=Key(2.0, "σ of a joint's Gaussian in heat-map px", "[ViTPose]", low=0.5),
-    drop_path=Key(0.3, "drop path rate of the last block", "[ViTPose]", low=0, high=0.9),
+    drop_path=Key(0.3, "drop path rate of the last block", "[ViTPose]; [HAP] .29 on COCO",
+                  low=0, high=0.9),
     # optimiser
     lr=Key(5.0e-4, "AdamW learning rate at `batch`", "[ViTPose]; HAP 2e-4", low=0),
-    weight_decay=Key(0.1, "AdamW weight decay, not on 1-D parameters, tokens, positions", "[ViTPose]", low=0),
+    weight_decay=Key(0.1, "AdamW weight decay, not on 1-D parameters, tokens, positions",
+                     "[ViTPose], which has no tokens", low=0),
     beta2=Key(0.999, "AdamW β2 (β1 = .9)", "[ViTPose]", low=0, high=0.99999),
     layer_decay=Key(0.75, "learning rate factor per layer from the top", "[ViTPose]; HAP .8", low=0.01, high=1),
     clip_grad=Key(1.0, "largest gradient norm; 0 = no clipping", "[ViTPose]", low=0),
@@ -119,10 +126,12 @@ def main():
     cfg = read_config(KEYS, __doc__)
     rank, world, device = start_ranks(cfg.device, cfg.precision)
     check(cfg)
-    meta = use_meta(cfg, "finetune_pose.py", "joints", "tokens", "head", "padding")
+    meta, weights = use_meta(cfg, "finetune_pose.py", "joints", "tokens", "head", "padding")
     train_people = None
     if not cfg.weights:
-        train_people, _, _ = pose_data.read_pose_file(cfg.train_annotations, cfg.train_images, cfg.max_bad)
+        train_people, notes, _ = pose_data.read_pose_file(
+            cfg.train_annotations, cfg.train_images, cfg.max_bad, max_bad_boxes=cfg.max_bad_boxes
+        )
         train_people = train_people.take(np.arange(len(train_people.files))[: cfg.limit or None])
     val = Pictures(cfg, meta) if cfg.predict else Validation(cfg)
     joints = json.loads(meta["joints"]) if cfg.weights else train_people.joints
@@ -142,12 +151,15 @@ def main():
     if open_run(cfg, KEYS, rank) == "finished":
         return
 
+    if cfg.weights and rank == 0:
+        print(f"{weights}; {val.about}", file=sys.stderr)
     if train_people:
         total = cfg.epochs * batches.steps_per_epoch
         optimizer = build_optimizer(cfg, model)
         step = resume(Path(cfg.out) / "last.pt", model, optimizer)["step"]
         log = Log(cfg.out, total, step, rank, "pose")
-        log.say(f"{report}; {len(train_people.files)} people, {len(joints)} joints, {total} steps of {cfg.batch}")
+        read = f"{len(train_people.files)} people{pose_data.said(notes)}, {len(joints)} joints"
+        log.say(f"{report}; {read}, {total} steps of {cfg.batch}; {val.about}")
         train(cfg, model, meta, optimizer, dataset, batches, val, step, total, log, rank, world, device)
         log.close()
         if rank == 0:
@@ -162,12 +174,12 @@ def main():
 
 def check(cfg):
     """Settings that are valid one by one but not together."""
-    check_job(cfg)
+    check_job(cfg, KEYS)
     for name in () if cfg.predict else ("train_annotations", "val_annotations")[cfg.eval_only :]:
         if not getattr(cfg, name):
             raise UserError(f"{name}= names no file; give a COCO keypoint JSON")
-    if cfg.predict and not Path(cfg.predict).is_dir():
-        raise UserError(f"predict={cfg.predict} is no folder of pictures")
+    if cfg.predict and not Path(cfg.predict).exists():
+        raise UserError(f"predict={cfg.predict} is no folder of pictures and no picture")
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -184,7 +196,6 @@ def build_model(cfg, n_joints):
     model = PoseModel(encoder, head, cfg.tokens)
     if cfg.weights:
         load_weights(model, load_checkpoint(cfg.weights), cfg.weights)
-        sentence = f"model {cfg.weights}"
     return model, meta_of(encoder, size), sentence
 
 
@@ -284,8 +295,10 @@ class Validation:
     """What is evaluated on: `people` are the boxes (ground truth, or from a file), `truth` the annotated people."""
 
     def __init__(self, cfg):
-        read = pose_data.read_pose_file(cfg.val_annotations, cfg.val_images, cfg.max_bad, with_document=True)
-        self.truth, notes, self.document = read
+        self.truth, notes, self.document = pose_data.read_pose_file(
+            cfg.val_annotations, cfg.val_images, cfg.max_bad, True, cfg.max_bad_boxes
+        )
+        self.about = f"{len(self.truth.files)} people to evaluate{pose_data.said(notes)}"
         self.people, self.box_score = self.truth, np.ones(len(self.truth.files))
         self.bad_images = {i["id"] for i in self.document["images"] if i["file_name"] in set(notes["bad"])}
         self.sigmas, self.sigma_source = pose.oks_sigmas(self.truth.joints)
@@ -294,7 +307,10 @@ class Validation:
         self.heads = pose_data.read_mpii_heads(cfg.mpii_mat, rows) if cfg.mpii_mat else None
         if cfg.boxes:
             images = pose_data.pictures_of(self.document, self.truth, self.bad_images)
-            self.people, self.box_score = pose_data.read_boxes(cfg.boxes, images, self.truth, self.category)
+            self.people, self.box_score, about = pose_data.read_boxes(
+                cfg.boxes, images, self.truth, self.category, cfg.max_bad_boxes
+            )
+            self.about += f", {about}"
 
     def results(self, cfg, found):
         """COCO keypoint results: score = box × mean joint score; with boxes from a file, duplicates removed."""
@@ -314,7 +330,8 @@ class Validation:
         """→ (flat metrics, everything for metrics.json, per-person OKS (N,), COCO results)."""
         results, truth = self.results(cfg, found), self.truth
         flat = pose.coco_metrics(self.document, results, self.sigmas, self.bad_images)
-        full = dict(people=len(truth.files), boxes=cfg.boxes or "ground truth", oks_sigmas=self.sigma_source) | flat
+        full = dict(people=len(truth.files), read=self.about, boxes=cfg.boxes or "ground truth")
+        full |= dict(oks_sigmas=self.sigma_source) | flat
         if cfg.boxes:  # PCK compares person with person: it needs the ground truth's boxes
             return flat, full, None, results
         heads = [column[truth.annotation_id - 1] for column in self.heads] if self.heads else None
@@ -356,8 +373,12 @@ class Pictures:
         joints, skeleton = json.loads(meta["joints"]), json.loads(meta["skeleton"])
         self.people, images = pose_data.read_folder(cfg.predict, joints, skeleton, cfg.max_bad)
         self.box_score = np.ones(len(self.people.files))
+        self.about = f"{len(self.people.files)} pictures"
         if cfg.boxes:
-            self.people, self.box_score = pose_data.read_boxes(cfg.boxes, images, self.people)
+            self.people, self.box_score, about = pose_data.read_boxes(
+                cfg.boxes, images, self.people, max_bad_boxes=cfg.max_bad_boxes
+            )
+            self.about += f", {about}"
 
     def report(self, cfg, found):
         """predictions.json, a COCO keypoint file (joints above .2 visible), and overlays.png of the surest."""

@@ -7,14 +7,17 @@ Outputs  in `out`: metrics.json (mAP, CMC), ranked_lists.png (best, median, wors
 
   python finetune_reid.py --cfg configs/finetune_reid_demo.yaml                                     # laptop
   torchrun --nproc_per_node=2 finetune_reid.py --cfg configs/finetune_reid_market.yaml data=MARKET  # GPUs
-  python finetune_reid.py eval_only=true weights=runs/reid/model.safetensors data=MARKET out=runs/eval
-  python finetune_reid.py predict=FOLDER weights=runs/reid/model.safetensors out=runs/mine
+  python finetune_reid.py weights=runs/demo/reid_pretrained/model.safetensors eval_only=true \\
+         data=runs/demo/people out=OUT
+  python finetune_reid.py weights=runs/demo/reid_pretrained/model.safetensors predict=FOLDER out=OUT
 
 Recipe [MALE, used by HAP]: ½ cross-entropy + ½ soft-margin batch-hard triplet (reid.py holds the numbers).
 The last epoch is reported, never the best one on the test set. HAP ViT-B: Market-1501 91.7 mAP, MSMT17 76.4.
 Legend: B pictures on this rank · M all ranks · D feature width · Q queries · G gallery · C people in training.
 """
 
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +56,7 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import as_bytes, load_picture, normalize, picture_names, refuse_bad_pictures
+from data import as_bytes, load_picture, normalize, pictures_at, refuse_bad_pictures
 from heads import TOKENS, GlobalBatchNorm, feature_width, reads_pose, token_features
 from model import SIZES, layer_of
 from reid import evaluate_features, ranking_metrics, triplet_loss
@@ -62,7 +65,7 @@ from weights import load_encoder, meta_of, use_meta
 __all__ = ["ReID", "evaluate_features", "ranking_metrics", "triplet_loss"]
 
 KEYS = dict(
-    out=Key("runs/reid", "run folder"),
+    out=Key("runs/reid", "run folder; for eval_only runs/reid_eval, for predict runs/reid_predict"),
     # data
     data=Key(None, "root folder of the data set"),
     layout=Key("auto", "market: folders in Market naming; msmt17: list files; auto: msmt17 if list_train.txt is there",
@@ -70,7 +73,7 @@ KEYS = dict(
     train=Key("bounding_box_train", "market layout: folder of the training pictures"),
     query=Key("query", "market layout: folder of the queries"),
     gallery=Key("bounding_box_test", "market layout: folder of the gallery"),
-    height=Key(256, "input height", "[MALE]; 384 in some papers", low=16),
+    height=Key(256, "input height", "[MALE]; [HAP] also 384", low=16),
     width=Key(128, "input width", "[MALE]", low=16),
     pad=Key(10, "border added before the random crop, px", "[MALE]", low=0),
     erase=Key(0.5, "probability of random erasing", "[MALE]", low=0, high=1),
@@ -89,7 +92,7 @@ KEYS = dict(
     lr=Key(8.0e-3, "learning rate of the head (encoder: times layer decay)", "[MALE]", low=0),
     weight_decay=Key(0.05, "AdamW weight decay, not on 1-D parameters, tokens, positions", "[MALE]", low=0),
     layer_decay=Key(0.4, "factor per layer from the head down", "[MALE]", low=1e-3, high=1),
-    clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[silent]", low=0),
+    clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[MALE]: none", low=0),
     seed=Key(0, "seed of everything", low=0),
     # evaluation
     rerank=Key(False, "k-reciprocal re-ranking (reported beside the plain figures)", "option, [Zhong 2017]"),
@@ -97,7 +100,7 @@ KEYS = dict(
     eval_batch=Key(128, "pictures at a time on each rank in evaluation", low=1),
     # what to do instead of training
     eval_only=Key(False, "only evaluate weights= on the queries and gallery of data="),
-    predict=Key(None, "only predict: a folder of pictures → embeddings.npz, nearest.png"),
+    predict=Key(None, "only predict: a folder of pictures, or one → embeddings.npz, nearest.png"),
     weights=Key(None, "model.safetensors of a finished run, for eval_only and predict"),
     # machine
     precision=Key("auto", "fp32 (no TF32); bf16 autocast; auto: bf16 in hardware", choices=("auto", "fp32", "bf16")),
@@ -113,7 +116,7 @@ SHOWN = ("loss", "identity", "triplet", "accuracy")  # beside the progress bar
 def main():
     cfg = read_config(KEYS, __doc__)
     rank, world, device = start_ranks(cfg.device, cfg.precision)
-    check_job(cfg)
+    check_job(cfg, KEYS)
     if not cfg.predict and not cfg.data:
         raise UserError("data= names no folder; give the root of Market-1501, MSMT17 or one of the same layout")
     if cfg.predict:
@@ -176,7 +179,7 @@ class ReID(nn.Module):
 
 def build_model(cfg, people=None):
     """→ (model, what its file says of it, a sentence). With weights=, model and input size come from that file."""
-    m = use_meta(cfg, "finetune_reid.py", "people", "token", "bnneck")
+    m, loaded = use_meta(cfg, "finetune_reid.py", "people", "token", "bnneck")
     start, pose_token = (None, cfg.pose_token) if m else (cfg.encoder, cfg.encoder is None or reads_pose(cfg.token))
     encoder, size, sentence = load_encoder(
         start, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token, cfg.drop_path,
@@ -186,7 +189,7 @@ def build_model(cfg, people=None):
     model = ReID(encoder, cfg.token, people, cfg.bnneck)
     if m:
         load_weights(model, load_checkpoint(cfg.weights), cfg.weights)
-        sentence = f"model {cfg.weights}"
+        sentence = loaded
     meta = meta_of(encoder, size) | dict(token=cfg.token, bnneck=cfg.bnneck, people=people)
     return model, meta, sentence
 
@@ -194,7 +197,7 @@ def build_model(cfg, people=None):
 def build_optimizer(cfg, model):
     depth = model.encoder.depth
     groups = parameter_groups(model, cfg.weight_decay, cfg.layer_decay, lambda name: layer_of(name, depth), depth + 1)
-    return torch.optim.AdamW(groups, lr=0.0, fused=True)  # β (.9, .999): torch's, [silent]
+    return torch.optim.AdamW(groups, lr=0.0, fused=True)  # β (.9, .999)  [MALE]
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -269,15 +272,18 @@ def embed(cfg, model, data, rank, world, device):
 def evaluate(cfg, model, query, gallery, rank, world, device):
     """→ dict of ranking_metrics, "features" (of queries and of gallery), "reranked" (the metrics again, if asked).
 
-    The features are made by all ranks; rank 0 ranks them (the other ranks get the features only).
+    The features are made by all ranks; rank 0 ranks them (the other ranks get the features only),
+    with the threads of all: torchrun gives a rank one.
     """
     features = [embed(cfg, model, part, rank, world, device) for part in (query, gallery)]
-    result = {"features": features}
+    result, threads = {"features": features}, torch.get_num_threads()
     if rank == 0:
         both = (features[0], query.ids, query.cameras, features[1], gallery.ids, gallery.cameras)
+        torch.set_num_threads(max(threads, min(world * threads, os.cpu_count())))
         result |= evaluate_features(*both)
         if cfg.rerank:
             result["reranked"] = evaluate_features(*both, rerank=True)
+        torch.set_num_threads(threads)
     barrier()
     return result
 
@@ -331,24 +337,29 @@ def predict(cfg, rank, world, device, rows=40, columns=10):
     embeddings.npz: files (N,) text, embeddings (N, D) float32 of length 1, nearest (N, 10) row numbers of the most
     alike others, similarity (N, 10) their cosines.
     """
-    names = picture_names(cfg.predict, below=True)
-    data = reid.Pictures(cfg.predict, as_bytes(cfg.predict, names), None, None)
+    folder, names = pictures_at(cfg.predict)
+    data = reid.Pictures(folder, as_bytes(folder, names), None, None)
     refuse_bad_pictures(data.folder, data.files)
     model, _, sentence = build_model(cfg)
     if open_run(cfg, KEYS, rank) == "finished":
         return
+    if rank == 0:
+        print(sentence, file=sys.stderr)
     z = embed(cfg, model.to(device), data, rank, world, device)
     if rank == 0:
         out, k = Path(cfg.out), min(columns, len(names) - 1)
         nearest, similarity = reid.nearest_others(z, k)
         arrays = dict(files=np.array(names), embeddings=z, nearest=nearest, similarity=similarity)
         write_atomic(out / "embeddings.npz", lambda part: write_npz(part, arrays))
-        shown, load = range(min(rows, len(names))), lambda i: load_picture(cfg.predict, names[i])
+        wrote = f"wrote {out}/embeddings.npz ({len(names)} pictures x {z.shape[1]})"
+        shown, load = range(min(rows, len(names))), lambda i: load_picture(folder, names[i])
         lists = [(load(i), [(load(j), None) for j in nearest[i]]) for i in shown]
         title = f"The {k} most alike pictures" + (f" (first {rows} of {len(names)})" if len(names) > rows else "")
-        sheets.ranked_lists(lists, out / "nearest.png", [names[i] for i in shown], title)
+        if k:  # there are others
+            sheets.ranked_lists(lists, out / "nearest.png", [names[i] for i in shown], title)
+            wrote += ", nearest.png"
         (out / "done").touch()
-        print(f"{sentence}: wrote {out}/embeddings.npz ({len(names)} pictures x {z.shape[1]}), nearest.png")
+        print(wrote)
     barrier()
 
 

@@ -7,15 +7,18 @@ Outputs  in `out`: metrics.json (R@1, R@5, R@10, mAP, text → image and image �
   python finetune_t2i.py --cfg configs/finetune_t2i_demo.yaml
   torchrun --nproc_per_node=2 finetune_t2i.py --cfg configs/finetune_t2i_cuhk.yaml encoder=ENCODER \\
          captions=CUHK-PEDES/reid_raw.json images=CUHK-PEDES/imgs
-  python finetune_t2i.py --cfg configs/finetune_t2i_demo.yaml weights=runs/demo/t2i_run/model.safetensors \\
-         predict=FOLDER sentence="a woman in a red coat" out=OUT
+  python finetune_t2i.py weights=runs/demo/t2i_pretrained/model.safetensors predict=FOLDER \\
+         sentence="a woman in a red coat" out=OUT
 
 Picture: ViT patch tokens, max over patches. Text: frozen BERT (or learned word vectors, nothing to download) → BiLSTM,
 max over words. One projection and one identity classifier for both:  L = CE(picture) + CE(text) + L_rank.
+The last epoch is reported; HAP's code reports its best one on the test set. Its learning rates fall
+one epoch before its milestones (its scheduler steps before the first epoch), ours after them.
 Legend: B pairs on this rank · M pairs of all ranks · D width · T tokens · v, t (B, E) features of picture and text.
 """
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,7 @@ from captions import (
     retrieval_metrics,
 )
 from common import (
+    DROP_PATH,
     NEGATIVE,
     WEIGHTS,
     Figures,
@@ -61,21 +65,24 @@ from common import (
     write_json,
 )
 from config import Key, UserError, check_job, read_config, run_stage
-from data import as_bytes, load_picture, normalize, picture_names, refuse_bad_pictures
+from data import as_bytes, load_picture, normalize, pictures_at, refuse_bad_pictures
 from heads import TOKENS, feature_width, reads_pose, token_features
 from losses import no_autocast
 from model import SIZES
 from weights import load_encoder, meta_of, use_meta
 
 KEYS = dict(
-    out=Key("runs/t2i", "run folder"),
+    out=Key("runs/t2i", "run folder; for eval_only runs/t2i_eval, for predict runs/t2i_predict"),
     # data
     captions=Key(None, "reid_raw.json (CUHK-PEDES), ICFG-PEDES.json or data_captions.json (RSTPReid)"),
     images=Key(None, "picture folder (default: imgs or images beside the JSON)"),
     evaluate_on=Key("test", "split that is evaluated, once, after the last epoch", choices=("test", "val")),
     height=Key(384, "input height", "[HAP]", low=16),
     width=Key(128, "input width", "[HAP]", low=16),
-    flip=Key(0.5, "probability of a mirrored training picture", "[silent]", low=0, high=1),
+    leave_out=Key([], "ids of people not to train on", "[HAP]: three of CUHK-PEDES", of=int),
+    trainval=Key(False, "train on training + validation pictures", "[HAP] does on RSTPReid"),
+    pad=Key(10, "black border in pixels before the random crop", "[HAP]", low=0),
+    flip=Key(0.5, "probability of a mirrored training picture", "[HAP]", low=0, high=1),
     # model
     encoder=Key(None, "encoder.safetensors of pretrain.py, or MAE, HAP, timm, torchvision weights; none = scratch"),
     weights=Key(None, "model.safetensors of a finished run, for eval_only and predict"),
@@ -85,25 +92,27 @@ KEYS = dict(
     text=Key("words", "words: learned vocabulary of the training captions; bert: frozen BERT [HAP]", "ours",
              ("words", "bert")),
     bert=Key("google-bert/bert-base-uncased", "hub id, or a folder written by save_pretrained", "[HAP]"),
-    min_count=Key(2, "text=words: a word must occur this often; rarer ones teach `unknown`", "[silent]", low=1),
+    min_count=Key(2, "text=words: a word must occur this often; rarer ones teach `unknown`",
+                  "[HAP], which drops the rarer ones", low=1),
     max_tokens=Key(100, "longer sentences are cut", "[HAP]", low=1),
     project=Key(384, "E, width of the shared space", "[HAP]", low=1),
+    drop_path=Key(0.1, "drop path of the last block, rising linearly", "[HAP]", low=0, high=0.9),
     # optimiser
     epochs=Key(60, "passes over the training captions", "[HAP]", low=1),
     batch=Key(64, "caption and picture pairs in a global batch", "[HAP]", low=2),
     lr_encoder=Key(1.0e-4, "Adam, encoder", "[HAP]", low=0),
     lr=Key(1.0e-3, "Adam, everything else", "[HAP]", low=1e-9),
     milestones=Key([20, 40, 50], "epochs after which the rates fall to a tenth", "[HAP]", of=int, low=0),
-    warmup_epochs=Key(0.0, "linear warm-up", "[silent]", low=0),
+    warmup_epochs=Key(0.0, "linear warm-up", "[HAP]: none", low=0),
     margin=Key(0.2, "of L_rank, in cosine", "[HAP]", low=0),
-    clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[silent]", low=0),
+    clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[HAP]: none", low=0),
     seed=Key(0, "seed of everything", low=0),
     # what to do instead of training
     eval_only=Key(False, "only evaluate weights= on captions="),
-    predict=Key(None, "only search: a folder of pictures, best first for sentence= → ranking.json, ranking.png"),
+    predict=Key(None, "only search: a folder of pictures, or one → ranking.json, ranking.png"),
     sentence=Key(None, "what to look for, with predict="),
     # machine
-    precision=Key("auto", "fp32 (no TF32); bf16 autocast; auto: bf16 in hardware", choices=("auto", "fp32", "bf16")),
+    precision=Key("auto", "fp32; bf16 autocast; auto: bf16 where hardware has it", choices=("auto", "fp32", "bf16")),
     checkpoint_activations=Key(False, "recompute activations: less memory, more time", free=True),
     device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
     workers=Key(2, "loader processes per rank", low=0, free=True),
@@ -111,7 +120,7 @@ KEYS = dict(
     log_every=Key(10, "steps between log lines", low=1, free=True),
 )  # fmt: skip
 SHOWN = ("loss", "identity", "rank_loss")  # beside the progress bar
-WORD_WIDTH = 300  # paper silent (HAP uses BERT): usual width of word vectors
+WORD_WIDTH = 300  # ours, of text=words: the usual width of word vectors
 
 
 def main():
@@ -120,7 +129,8 @@ def main():
     check(cfg)
     if cfg.predict:
         return predict(cfg, rank, world, device)
-    splits = read_captions(cfg.captions, cfg.images)
+    training = {} if cfg.eval_only else dict(leave_out=cfg.leave_out, trainval=cfg.trainval)
+    splits = read_captions(cfg.captions, cfg.images, **training)
     for name in {"train", cfg.evaluate_on} if not cfg.eval_only else {cfg.evaluate_on}:
         if splits[name] is None:
             raise UserError(f"{cfg.captions} has no {name} split")
@@ -141,7 +151,7 @@ def main():
         step = resume(Path(cfg.out) / "last.pt", model, optimizer)["step"]
     log = Log(cfg.out, total, step, rank, "text to image")
     counts = ", ".join(f"{len(s.texts)} captions of {len(s.files)} in {n}" for n, s in splits.items() if s)
-    log.say(f"{counts}; {sentence}; {total} steps of {cfg.batch}")
+    log.say(f"{counts}; {sentence}" + (f"; {total} steps of {cfg.batch}" if total else ""))
     if total:
         train(cfg, model, text, optimizer, splits["train"], batches, step, total, log, rank, world, device)
         if rank == 0:
@@ -154,59 +164,77 @@ def main():
 
 def check(cfg):
     """Settings that are valid one by one but not together."""
-    check_job(cfg)
+    check_job(cfg, KEYS)
     if bool(cfg.predict) != bool(cfg.sentence and cfg.sentence.strip()):
         raise UserError('predict=FOLDER and sentence="what to look for" need each other')
     if not cfg.predict and not cfg.captions:
         raise UserError("captions= names no file; give the JSON of CUHK-PEDES, ICFG-PEDES or RSTPReid")
+    if cfg.trainval and cfg.evaluate_on == "val":
+        raise UserError("evaluate_on=val needs pictures not trained on; set trainval=false")
 
 
 # ----------------------------------------------------------------------------------------------------------- model
 
 
 class TextToImage(nn.Module):
-    """Two branches that meet in one projection.
+    """Two branches that meet in one projection [HAP].
 
     words: size of the vocabulary, learned here, or None: the text arrives as vectors of frozen BERT, `width` wide.
+    The picture is read before the encoder's final norm, which stays as it was.
     """
 
     def __init__(self, encoder, token, project, persons, words=None, width=WORD_WIDTH):
         super().__init__()
         self.encoder, self.token = encoder, token
+        self.encoder.norm.requires_grad_(False)  # DistributedDataParallel refuses idle weights
         D = feature_width(encoder, token)
         self.embedding = nn.Embedding(words, width, padding_idx=0) if words else None
-        self.lstm = nn.LSTM(width, D // 2, batch_first=True, bidirectional=True)  # two halves make D
-        self.projection = nn.Linear(D, project)  # shared by both branches [HAP]
-        self.classifier = nn.Linear(project, persons)  # shared by both branches [HAP]
+        # The two directions of one bidirectional LSTM, apart: see text_features.
+        self.lstm_ahead = nn.LSTM(width, D, batch_first=True, bias=False)
+        self.lstm_back = nn.LSTM(width, D, batch_first=True, bias=False)
+        self.projection = nn.Linear(D, project, bias=False)  # shared by both branches
+        nn.init.kaiming_normal_(self.projection.weight, mode="fan_out")
+        self.classifier = nn.Linear(project, persons)  # shared by both branches
+        nn.init.normal_(self.classifier.weight, std=0.001)
+        nn.init.zeros_(self.classifier.bias)
 
-    def image_features(self, images):
-        """(B, 3, H, W) normalised → (B, E)."""
-        return self.projection(token_features(self.encoder(images), self.encoder.n_special, self.token))
+    def image_features(self, images, drop_noise=None):
+        """(B, 3, H, W) normalised, drop_noise (2·depth, B) or None → (B, E)."""
+        tokens = self.encoder(images, drop_noise=drop_noise, final_norm=False)
+        return self.projection(token_features(tokens, self.encoder.n_special, self.token))
 
     def text_features(self, text, lengths):
-        """Token ids (B, T), or BERT's states (B, T, U), and lengths (B,) on the CPU → (B, E), in float32."""
+        """Token ids (B, T), or BERT's states (B, T, U), and lengths (B,) → (B, E), in float32.
+
+        Packing the sequences would need their lengths on the CPU: DistributedDataParallel moves
+        them to the GPU, and fetching them would wait for it.
+        """
         with no_autocast(self.projection.weight):
             x = text if self.embedding is None else self.embedding(text)
-            # The longest first: sorted here, because torch's own sorting waits for the GPU twice.
-            lengths, order = torch.as_tensor(lengths).sort(descending=True)
-            order = (order.pin_memory() if x.is_cuda else order).to(x.device, non_blocking=True)
-            # Packed: the backward LSTM starts at a sentence's last word, and padding never wins the maximum.
-            packed = nn.utils.rnn.pack_padded_sequence(x[order], lengths, batch_first=True)
-            states, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], True, padding_value=-torch.inf)
-            return self.projection(states.amax(1)[order.argsort()])
+            place, lengths = torch.arange(x.shape[1], device=x.device), lengths[:, None]
+            inside = place < lengths  # (B, T)
+            # Each sentence turned round, so that the second LSTM starts at its last word.
+            last_first = torch.where(inside, lengths - 1 - place, place).unsqueeze(2)
+            ahead = self.lstm_ahead(x)[0]
+            back = self.lstm_back(x.take_along_dim(last_first, 1))[0].take_along_dim(last_first, 1)
+            states = (ahead + back) / 2
+            # deviates from HAP: padding never wins the maximum. There it counts as 0, so that a
+            # sentence's feature depends on the longest one of its batch.
+            return self.projection(states.masked_fill(~inside.unsqueeze(2), -torch.inf).amax(1))
 
-    def forward(self, images, text, lengths):
+    def forward(self, images, text, lengths, drop_noise=None):
         """→ v, t (B, E) and their identity logits (B, persons) each."""
-        v, t = self.image_features(images), self.text_features(text, lengths)
+        v, t = self.image_features(images, drop_noise), self.text_features(text, lengths)
         return v, t, self.classifier(v), self.classifier(t)
 
 
 def build_model(cfg, train_split, device):
     """→ (model, text side, what the file says of it, a sentence). With weights=, all settings come from that file."""
-    m = use_meta(cfg, "finetune_t2i.py", "vocabulary", "token", "project", "text", "max_tokens")
+    own = ("token", "project", "text", "max_tokens")
+    m, loaded = use_meta(cfg, "finetune_t2i.py", "vocabulary", *own)
     start, pose_token = (None, cfg.pose_token) if m else (cfg.encoder, cfg.encoder is None or reads_pose(cfg.token))
     encoder, size, sentence = load_encoder(
-        start, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token,
+        start, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token, cfg.drop_path,
         checkpoint_activations=cfg.checkpoint_activations,
     )  # fmt: skip
     if cfg.text == "bert":
@@ -227,7 +255,7 @@ def build_model(cfg, train_split, device):
         bert_width=text.width or 0, vocabulary=json.dumps(text.words if words else []),
     )  # fmt: skip
     about = f"{words} words" if words else f"frozen {cfg.bert}"
-    return model, text, meta, f"{f'model {cfg.weights}' if m else sentence}; text: {about}"
+    return model, text, meta, f"{loaded if m else sentence}; text: {about}"
 
 
 # -------------------------------------------------------------------------------------------------------- training
@@ -245,12 +273,16 @@ def train(cfg, model, text, optimizer, split, batches, first, total, log, rank, 
         set_learning_rate(optimizer, lr)
         images = normalize(images.to(device, non_blocking=True))
         tokens, person = tokens.to(device, non_blocking=True), person.to(device, non_blocking=True)
+        lengths = lengths.to(device, non_blocking=True)
         # which negative is taken: (2, B, M)
         noise = rank_noise((NEGATIVE, cfg.seed, step), cfg.batch, 2 * cfg.batch, rank, world, device)
         noise = noise.unflatten(1, (2, cfg.batch)).transpose(0, 1)
+        branches = 2 * model.encoder.depth
+        drop = rank_noise((DROP_PATH, cfg.seed, step), cfg.batch, branches, rank, world, device)
+        drop = drop.T if cfg.drop_path else None
         vectors = text.vectors(tokens, lengths)
         with autocast(device, cfg.precision):
-            v, t, v_logits, t_logits = runner(images, vectors, lengths)
+            v, t, v_logits, t_logits = runner(images, vectors, lengths, drop)
         # L = CE(picture) + CE(text) + L_rank
         identity = F.cross_entropy(v_logits.float(), person) + F.cross_entropy(t_logits.float(), person)
         rank_loss, found = ranking_loss(v, t, person, noise, cfg.margin)
@@ -295,8 +327,8 @@ def embed_texts(cfg, model, text, sentences, rank, world, device):
     own, parts = rank_share(len(sentences), rank, world), []
     for begin in range(0, len(own), cfg.batch):
         rows = [text.tokens(sentences[i], cfg.max_tokens) for i in own[begin : begin + cfg.batch]]
-        tokens, lengths = pad_tokens(rows)
-        t = model.text_features(text.vectors(tokens.to(device), lengths), lengths)
+        tokens, lengths = (x.to(device) for x in pad_tokens(rows))
+        t = model.text_features(text.vectors(tokens, lengths), lengths)
         parts.append(F.normalize(t, dim=1).cpu().numpy())
     return np.concatenate(gather_rows(parts, world))
 
@@ -331,12 +363,14 @@ def finish(cfg, model, text, split, log, step, rank, world, device):
 
 def predict(cfg, rank, world, device):
     """The pictures of a folder, best first for a sentence → ranking.json and ranking.png (the ten best)."""
-    names = picture_names(cfg.predict, below=True)
-    refuse_bad_pictures(cfg.predict, as_bytes(cfg.predict, names))
-    model, text, _, _ = build_model(cfg, None, device)
+    folder, names = pictures_at(cfg.predict)
+    refuse_bad_pictures(folder, as_bytes(folder, names))
+    model, text, _, sentence = build_model(cfg, None, device)
     if open_run(cfg, KEYS, rank) == "finished":
         return
-    files, model = [str(Path(cfg.predict) / name) for name in names], model.to(device)
+    if rank == 0:
+        print(sentence, file=sys.stderr)
+    files, model = [str(Path(folder) / name) for name in names], model.to(device)
     v = embed_pictures(cfg, model, files, rank, world, device)
     t = embed_texts(cfg, model, text, [cfg.sentence], 0, 1, device)
     if rank == 0:
@@ -345,7 +379,8 @@ def predict(cfg, rank, world, device):
         rows = [{"image": str(names[i]), "cosine": round(float(score[i]), 5)} for i in order]
         write_json(out / "ranking.json", {"sentence": cfg.sentence, "ranking": rows})
         answers = [(load_picture("", files[i]), None) for i in order[:10]]
-        sheets.caption_sheet([(None, answers)], [cfg.sentence], out / "ranking.png", "Best pictures for a sentence")
+        title = "Best guesses for a sentence"
+        sheets.caption_sheet([(None, answers)], [cfg.sentence], out / "ranking.png", title)
         (out / "done").touch()
         print(f"wrote {out}/ranking.json ({len(rows)} pictures, best {rows[0]['image']}), ranking.png")
     barrier()

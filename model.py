@@ -183,12 +183,13 @@ class ViT(nn.Module):
         special = [self.cls_token] if self.pose_token is None else [self.cls_token, self.pose_token]
         return torch.cat([*(token.expand(len(x), -1, -1) for token in special), x], dim=1)
 
-    def forward(self, images, visible=None, drop_noise=None):
+    def forward(self, images, visible=None, drop_noise=None, final_norm=True):
         """Final-norm tokens (v·B, S + V, D): [CLS], [POSE] (if any), then the visible patches in the order given.
 
         images (B, 3, H, W) float, ImageNet-normalised. visible (B, V) or, for v views at once, (v·B, V) long patch
         ids, view after view; None = all N patches in order, one view.
         drop_noise (2·depth, B) uniform [0, 1) for drop path, drawn by the caller for the global batch; None = off.
+        final_norm=False: the last block's tokens as they are.
         """
         if tuple(images.shape[-2:]) != self.image_size:
             raise ValueError(f"pictures of {tuple(images.shape[-2:])} px given to a model for {self.image_size} px")
@@ -198,7 +199,7 @@ class ViT(nn.Module):
             keep = ((drop_noise >= self.drop_rates) / (1 - self.drop_rates)).view(self.depth, 2, -1, 1, 1).unbind(0)
         for block, k in zip(self.blocks, keep):
             x = run_block(block, x, k, self.checkpoint_activations)
-        return self.norm(x)
+        return self.norm(x) if final_norm else x
 
     @torch.no_grad()
     def attention_maps(self, images):

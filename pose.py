@@ -68,6 +68,7 @@ def warp(picture, matrix, size):
     return np.array(picture.transform((W, H), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR))
 
 
+UPPER_HALF = 0.6915  # P(N(0, 1) < .5) [HRNet]
 LOWER_BODY = ("hip", "knee", "ankle", "pelvis")  # by name, so that any joint set has two halves; as [HRNet] for COCO
 
 
@@ -79,12 +80,13 @@ def half_body(keypoints, lower, aspect, rng):
     """Region of the upper or lower half [HRNet]: (centre, extent), or None with ≤ 8 visible joints or a half of ≤ 2.
 
     keypoints (K, 3) px; lower (K,) bool; rng: `random`. The half's joints' bounding box, × 1.5, widened to the aspect.
+    The upper half comes with probability .69: HRNet and ViTPose ask if a normal number is below .5.
     """
     seen = keypoints[:, 2] > 0
     if seen.sum() <= 8:
         return None
     halves = [keypoints[seen & ~lower, :2], keypoints[seen & lower, :2]]
-    first = 0 if rng.random() < 0.5 else 1
+    first = 0 if rng.random() < UPPER_HALF else 1
     xy = halves[first] if len(halves[first]) > 2 else halves[1 - first]
     extent = np.ptp(xy, axis=0) if len(xy) > 2 else np.zeros(2)
     if extent.min() <= 0:
@@ -178,7 +180,10 @@ PUBLISHED_SIGMAS = {  # joint names in the file's order → (source, σ per join
         + [0.01981803, 0.03843971, 0.03412318, 0.02415081, 0.01291456, 0.01236173],
     ),
 }  # fmt: skip
-BOX_AREA = 0.53  # person area ÷ box area where an annotation has none [CrowdPose's evaluator; mmpose uses it for AIC]
+BOX_AREA = 0.53  # person area ÷ box area where an annotation has none [CrowdPose's evaluator]
+# Easy, medium and hard pictures by their crowdIndex, as CrowdPose's evaluator divides them. (Its
+# paper writes that easy ones end at .1; published figures come from the evaluator.)
+CROWD_LEVELS = {"easy": (-math.inf, 0.2), "medium": (0.2, 0.8), "hard": (0.8, math.inf)}
 
 
 def oks_sigmas(joints):
@@ -191,6 +196,11 @@ def oks_sigmas(joints):
         return np.array(sigmas), f"{source} published sigmas"
     sigmas = [COCO_SIGMAS.get(name, 0.107 if name == "pelvis" else 0.079) for name in joints]
     return np.array(sigmas), "our sigmas (this joint set has no published ones; not comparable with other work)"
+
+
+def area_from_box(joints):
+    """Is a person's area .53 × box, whatever the file says? [CrowdPose's evaluator; mmpose: AIC]"""
+    return PUBLISHED_SIGMAS.get(tuple(joints), ("", []))[0] in ("CrowdPose's", "AIC's")
 
 
 def oks(xy, truth, area, sigmas):
@@ -252,27 +262,39 @@ def pose_score(box_score, joint_scores, floor=0.2):
 def coco_metrics(document, results, sigmas, bad_images=()):
     """OKS-AP and AR by pycocotools. document: COCO JSON as read; results: COCO keypoint results.
 
-    People without joints and crowds are ignored as pycocotools does. → dict of fractions, None where a size class is
-    empty. Pictures named in `bad_images` (ids) are left out.
+    People without joints (num_keypoints 0) and crowds are ignored as pycocotools does. Pictures
+    named in `bad_images` (ids) are left out. → dict of fractions, None where a class is empty.
+    AP_medium and AP_large go by a person's size. Where all pictures have a crowdIndex,
+    AP_crowd_easy, _medium and _hard are the AP of such pictures alone.
     """
     from pycocotools.coco import COCO  # here alone: the puppet, which scores no pose, works without
     from pycocotools.cocoeval import COCOeval
 
     names = "AP AP50 AP75 AP_medium AP_large AR AR50 AR75 AR_medium AR_large".split()
+    images = [image for image in document["images"] if image["id"] not in set(bad_images)]
+    levels = CROWD_LEVELS if all("crowdIndex" in image for image in images) else {}
     if not results:
-        return dict.fromkeys(names, 0.0)
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = document
-        truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes([dict(row) for row in results]), "keypoints")
+        return dict.fromkeys([*names, *(f"AP_crowd_{level}" for level in levels)], 0.0)
+    truth = COCO()
+    truth.dataset = document
+
+    def figures(ids):
+        evaluation = COCOeval(truth, found, "keypoints")
         evaluation.params.kpt_oks_sigmas = np.asarray(sigmas)
-        evaluation.params.imgIds = sorted(set(truth.getImgIds()) - set(bad_images))
-        evaluation.params.catIds = [results[0]["category_id"]]
+        evaluation.params.imgIds, evaluation.params.catIds = ids, [results[0]["category_id"]]
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return {name: float(v) if v >= 0 else None for name, v in zip(names, evaluation.stats)}
+        return [float(v) if v >= 0 else None for v in evaluation.stats]
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        found = truth.loadRes([dict(row) for row in results])
+        out = dict(zip(names, figures(sorted(image["id"] for image in images))))
+        for level, (low, high) in levels.items():
+            ids = sorted(image["id"] for image in images if low <= image["crowdIndex"] < high)
+            out[f"AP_crowd_{level}"] = figures(ids)[0] if ids else None
+    return out
 
 
 # -------------------------------------------------------------------------------------------------------------- PCK
@@ -312,7 +334,8 @@ def head_size(truth, joints):
 def pck_metrics(xy, truth, joints, heads=None):
     """PCK@.2 of the torso and, for MPII's joints, PCKh@.5: xy (N, K, 2), truth (N, K, 3) px → (figures, full account).
 
-    heads: MPII's official (head size (N,) px, labelled (N, K)), or None: head size from the joints.
+    heads: MPII's official (head size (N,) px, labelled (N, K), joints (N, K, 2) px), which alone
+    decide about PCKh then, or None: head size and joints of the list.
     Figures that no labelled joint of a person with such a reference counts for are left out.
     """
     xy, truth, flat, full = xy.astype(np.float64), truth.astype(np.float64), {}, {}
@@ -329,7 +352,7 @@ def pck_metrics(xy, truth, joints, heads=None):
         head, source = head_size(truth, joints), "head_top to upper_neck (ours: no official .mat given)"
         if heads:
             head, source = heads[0], "0.6 × diagonal of the official head box"
-            truth[..., 2] = heads[1] * 2
+            truth = np.concatenate([heads[2], heads[1][..., None] * 2], 2)
         counted = [j for j in range(len(joints)) if joints[j] not in ("pelvis", "thorax")]  # [MPII]
         share, _, left_out = pck(xy[:, counted], truth[:, counted], head, 0.5)
         if not np.isnan(share):

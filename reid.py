@@ -3,6 +3,8 @@
 Legend: B pictures on this rank · M all ranks · D feature width · Q queries · G gallery · N pictures of a set ·
 H, W picture.
 Person ids as in Market-1501: 0 = distractor (in the gallery, nobody's match), -1 = junk (as if it were not there).
+Nobody looks for a distractor: where queries hold a 0, it is a person (MSMT17 counts from 0), and
+all ids but -1 become one higher.
 """
 
 import re
@@ -79,24 +81,32 @@ def read_msmt17(root, folder, *lists):
     return Pictures(folder, as_bytes(folder, names), np.array(ids, np.int64), np.array(cameras, np.int64))
 
 
+def one_higher(data):
+    return data._replace(ids=np.where(data.ids >= 0, data.ids + 1, data.ids))
+
+
 def read_data(root, layout="auto", train="bounding_box_train", query="query", gallery="bounding_box_test"):
-    """Market-1501 or MSMT17 V1 below `root`, or other folders in Market naming.
+    """Market-1501 or MSMT17 V1 below `root`, or other folders in Market naming, such as MSMT17's.
 
     train None: no training pictures are wanted. → (training Pictures, of real people only, or None; queries; gallery;
     one sentence about them).
     Raises UserError: missing or empty folders and lists, names without person or camera, damaged pictures,
     no query with a match.
     """
-    root = Path(root)
+    root, from_zero = Path(root), False
     if not root.is_dir():
         raise UserError(f"no folder {root}; check data=")
     if layout == "msmt17" or (layout == "auto" and (root / "list_train.txt").exists()):
         if not (root / "train").is_dir() and (root / "mask_train_v2").is_dir():
             raise UserError(f"{root} is MSMT17 V2 (masked faces); published figures use V1 (folders train and test)")
-        train = train and read_msmt17(root, "train", "list_train.txt", "list_val.txt")  # both [TransReID, HAP]
+        lists = ("list_train.txt", "list_val.txt")  # both [TransReID]
+        train = train and read_msmt17(root, "train", *lists)
         query, gallery = (read_msmt17(root, "test", f"list_{part}.txt") for part in ("query", "gallery"))
     else:
         train, query, gallery = (folder and read_market(root / folder) for folder in (train, query, gallery))
+        from_zero = bool((query.ids == 0).any())
+        if from_zero:
+            train, query, gallery = (part and one_higher(part) for part in (train, query, gallery))
     for part in (train, query, gallery) if train else (query, gallery):
         refuse_bad_pictures(part.folder, part.files)
     query = query._replace(ids=np.where(query.ids > 0, query.ids, NOBODY))
@@ -109,6 +119,8 @@ def read_data(root, layout="auto", train="bounding_box_train", query="query", ga
         f"{len(query.ids)} queries of {len(np.unique(query.ids))} people, {len(gallery.ids)} gallery pictures "
         f"({(gallery.ids == 0).sum()} distractors, {(gallery.ids == -1).sum()} junk)"
     )
+    if from_zero:
+        about += ", people numbered from 0 in the names and from 1 here"
     if train:
         real = train.ids > 0
         train = Pictures(train.folder, *(column[real] for column in train[1:]))
@@ -210,8 +222,10 @@ def ranking_metrics(distance, query_ids, query_cams, gallery_ids, gallery_cams):
     distance (Q, G) any float, smaller = more alike; ids and cameras (Q,) and (G,) whole numbers; arrays or tensors.
     For each query, gallery pictures of the same person by the same camera are dropped, and all of person -1 (junk).
     Person 0 (distractors) stays: a wrong answer to every query. Equal distances: the earlier gallery picture first.
+    AP is by rank, 1/m Σ_k k / rank_k, as in MALE, TransReID and torchreid; Market-1501's own MATLAB
+    code takes the area under the precision-recall curve by trapezia, which is a little lower.
     A query without any match is left out of all means and counted.
-    → dict: mAP (float in [0, 1], non-interpolated); cmc (G,) float64, cmc[k-1] = share of queries with a match among
+    → dict: mAP (float in [0, 1]); cmc (G,) float64, cmc[k-1] = share of queries with a match among
     the first k; ap (Q,) per query, NaN without a match; unmatched (their number).
     Raises UserError for shapes that disagree, distances that are NaN, or if no query has a match.
     """
@@ -314,8 +328,8 @@ def reranked_chunks(query, gallery, k1=20, k2=6, weight=0.3):
     """k-reciprocal re-ranking [Zhong 2017], k1 20, k2 6, λ .3: → (first row, distance (rows, G)), piece by piece.
 
     The published code holds several (Q + G)² matrices (Market-1501: 2 GB each). Here neighbours are found by chunks and
-    the k-reciprocal vectors are sparse, so memory grows with Q + G (Market-1501's size, 768 wide: the whole process
-    peaked at 1.9 GB; MSMT17's size was not measured).
+    the k-reciprocal vectors are sparse, so memory grows with Q + G (768 wide, the whole process's
+    peak: Market-1501's size 1.9 GB, MSMT17's 2.5 GB and 222 s of one core).
     """
     z = np.concatenate([query, gallery])
     N, Q = len(z), len(query)

@@ -187,7 +187,7 @@ def attribute_chart(names, train_ratio, test_ratio, scores, path):
 
 
 def attribute_sheet(images, names, probabilities, labels, path, per_list=5):
-    """Cards: a picture with its most confident right and wrong attributes; without labels its surest and doubtful ones.
+    """Cards: a picture with its most confident right and wrong attributes, or guesses.
 
     images: P pictures; probabilities (P, A); labels (P, A) 0/1 or None. The percentage is the confidence in what is
     said, not in the attribute: "no hat 98 %". Of the right ones those said to be there come first: a list of rare
@@ -199,7 +199,9 @@ def attribute_sheet(images, names, probabilities, labels, path, per_list=5):
         sure = np.argsort(-np.abs(p - 0.5), kind="stable")
         if labels is None:
             yes = [a for a in sure if p[a] > 0.5]
-            parts = [("true", yes[:per_list], (20, 90, 190)), ("least sure", sure[::-1][:per_list], (200, 90, 0))]
+            doubtful = sure[::-1][:per_list]
+            parts = [("guessed", yes[:per_list], (20, 90, 190))]
+            parts += [("least sure", doubtful, (200, 90, 0))]
         else:
             right = sorted((a for a in sure if (p[a] > 0.5) == (labels[i][a] == 1)), key=lambda a: p[a] <= 0.5)
             wrong = [a for a in sure if a not in set(right)]
@@ -209,7 +211,9 @@ def attribute_sheet(images, names, probabilities, labels, path, per_list=5):
             ]
         cards.append(_card(as_picture(image), names, p, parts, per_list))
     rows = [cards[i : i + 4] for i in range(0, len(cards), 4)]
-    title = "Most confident attributes" + (", right and wrong" if labels is not None else "")
+    title = "Guessed attributes: the surest and the least sure"
+    if labels is not None:
+        title = "Most confident attributes, right and wrong"
     sheet(rows, path, None, None, title)
 
 

@@ -194,9 +194,6 @@ def test_no_step_waits_for_the_device(stage, more, run):
     assert not cuda.waits, "\n".join(dict.fromkeys(cuda.waits))
 
 
-LENGTHS = pytest.mark.xfail(strict=True, reason="DistributedDataParallel moves the lengths too")
-
-
 @pytest.mark.parametrize(
     ("stage", "more"),
     [
@@ -205,7 +202,7 @@ LENGTHS = pytest.mark.xfail(strict=True, reason="DistributedDataParallel moves t
         ("finetune_pose", "head=classic"),
         SETTINGS[8],
         ("finetune_par", ""),
-        pytest.param("finetune_t2i", "", marks=LENGTHS),
+        ("finetune_t2i", ""),
     ],
 )
 def test_no_step_of_two_ranks_waits(stage, more, run, monkeypatch, two_ranks):

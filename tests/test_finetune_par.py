@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, kill_after, run_script
-from PIL import Image
+from PIL import Image, ImageDraw
 from scipy.io import savemat
 from sklearn.metrics import balanced_accuracy_score, jaccard_score, precision_score, recall_score
 
 import attributes
 import finetune_par
+import sheets
 from batches import EpochBatches
 from common import load_checkpoint
 from config import UserError
@@ -123,13 +124,10 @@ def test_loss_equals_a_loop_and_its_gradient():
     rng = np.random.default_rng(1)
     logits = torch.tensor(rng.normal(size=(5, 4)), dtype=torch.float32, requires_grad=True)
     labels, ratio = torch.tensor(rng.integers(0, 2, (5, 4))), torch.tensor([0.0, 1.0, 0.3, 0.8])
-    labels[2, 1] = 2  # RAP v2's "uncertain"
     total, slope = 0.0, np.zeros((5, 4))
     for i in range(5):
         for j in range(4):
             z, y, r = logits[i, j].item(), labels[i, j].item(), ratio[j].item()
-            if y == 2:
-                continue
             w, s = np.exp(y * (1 - r) + (1 - y) * r), 1 / (1 + np.exp(-z))
             total -= w * (np.log(s) if y else np.log(1 - s)) / 5
             slope[i, j] = w * (s - y) / 5
@@ -198,9 +196,24 @@ def test_readers_of_official_files(tmp_path):
     blank(tmp_path / "rap" / "RAP_dataset", files)
     path = tmp_path / "rap" / "RAP_annotation.mat"
     savemat(path, {"RAP_annotation": rap})
-    found, splits, _ = attributes.read_attributes(config(dataset="rap", annotation=path, split=4))
+    rap_v2 = config(dataset="rap", annotation=path, split=4)
+    found, splits, report = attributes.read_attributes(rap_v2)
     assert found == ["b1", "b3", "b7"]
-    np.testing.assert_array_equal(splits["train"].labels, labels[:2, [1, 3, 7]])
+    uncertain = int((labels[:, [1, 3, 7]] == 2).sum())
+    assert uncertain and f"; {uncertain} uncertain labels taken as 0" in report
+    for kind, rows in (("train", [0, 1]), ("test", [3, 4])):
+        np.testing.assert_array_equal(splits[kind].labels, labels[rows][:, [1, 3, 7]] == 1)
+    labels[4, 3] = 3
+    savemat(path, {"RAP_annotation": rap})
+    with pytest.raises(UserError, match="labels of value 3.0 in test; 0, 1 and 2"):
+        attributes.read_attributes(rap_v2)
+    for name in files[:3]:  # to evaluate, the test pictures are enough
+        (tmp_path / "rap" / "RAP_dataset" / name).unlink()
+    labels[4, 3] = 1
+    savemat(path, {"RAP_annotation": rap})
+    test_only = config(dataset="rap", annotation=path, eval_only=True, select="val", trainval=True)
+    assert [*attributes.read_attributes(test_only)[1]] == ["test"]
+    blank(tmp_path / "rap" / "RAP_dataset", files)
 
     # RAP v1: fields by place, train + test only, 92 attributes of which 51 count
     labels = rng.integers(0, 2, (5, 92))
@@ -290,6 +303,26 @@ def test_average_is_the_stated_recursion():
     torch.testing.assert_close(run_.ema.weight.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_weights_decay_everywhere_and_without_an_average_the_last_ones_count():
+    """As HAP trains: BN_WD, so no parameter is spared; ema=0 on PETA and RAP."""
+    cfg = config(size="tiny", patch=8, height=32, width=16, ema=0.0, weight_decay=0.5)
+    model, _, _ = finetune_par.build_model(cfg, list("ab"))
+    run_ = finetune_par.Run(model, cfg)
+    for group in run_.optimizer.param_groups:
+        group["lr"] = 0.1
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    run_.optimizer.step()
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert {"encoder.cls_token", "encoder.norm.weight", "head.bias"} <= set(trained)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.detach(), before[name] * (0.95 if name in trained else 1))
+    run_.average(cfg, 0)
+    average = run_.ema.state_dict()
+    assert all(torch.equal(average[name], value) for name, value in model.state_dict().items())
+
+
 def test_epoch_batches_cover_an_epoch_and_ranks_share_them():
     whole = [set(map(tuple, b)) for b in EpochBatches(11, 4, 3).run(0, 4)]
     halves = [[set(map(tuple, b)) for b in EpochBatches(11, 4, 3, rank, 2).run(0, 4)] for rank in range(2)]
@@ -334,8 +367,13 @@ def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, mo
 
     # the written model gives the same figures again, and sentences for a folder
     weights = f"weights={tmp_path / 'a' / 'model.safetensors'}"
-    run(monkeypatch, args(people, tmp_path / "b", weights, "eval_only=true"))
-    assert json.loads((tmp_path / "b" / "metrics.json").read_text()) == got
+    capfd.readouterr()
+    test = [f"test={people['test']}", "select=val", f"out={tmp_path / 'b'}", *MACHINE]
+    run(monkeypatch, [weights, "eval_only=true", *test])  # no training file is needed
+    for name in ("metrics.json", "attributes.csv"):
+        assert (tmp_path / "b" / name).read_text() == (tmp_path / "a" / name).read_text(), name
+    said = capfd.readouterr().err
+    assert "model.safetensors, which sets size=tiny (not base), patch=8 (not 16)" in said
     folder = os.path.splitext(people["test"])[0]
     run(monkeypatch, [weights, f"predict={folder}", f"out={tmp_path / 'c'}", *MACHINE])
     rows = list(csv.DictReader(open(tmp_path / "c" / "predictions.csv")))
@@ -343,6 +381,15 @@ def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, mo
     assert len(rows) == 7 and list(rows[0]) == ["image", "red", "dark", "always", "never"]
     right = sum((float(r[a]) > 0.5) == (truth[r["image"]][a] == "1") for r in rows for a in ("red", "dark"))
     assert right >= 13
+
+    # a single picture; without out= nothing is put into the training's folder
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(f"out: {tmp_path / 'a'}\n")
+    capfd.readouterr()
+    picture = f"predict={folder}/{rows[2]['image']}"
+    run(monkeypatch, ["--cfg", tmp_path / "mine.yaml", weights, picture, *MACHINE])
+    assert list(csv.DictReader(open("runs/par_predict/predictions.csv"))) == rows[2:3]
+    assert "which sets size=tiny (not base)" in capfd.readouterr().err
 
     mine = tmp_path / "mine"
     for name, message in ((b"cut.png", "cut.png is damaged or truncated"), (b"\xff.png", "is not UTF-8; rename")):
@@ -361,6 +408,23 @@ def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, mo
         args(people, tmp_path / "d", encoder, "token=both", "epochs=1", "batch=8", "height=48", "size=base"),
     )
     assert load_checkpoint(tmp_path / "d" / "model.safetensors")["head.weight"].shape == (4, 384)
+
+
+def test_a_sheet_without_truth_calls_guesses_guesses(tmp_path, monkeypatch):
+    drawn, text = [], ImageDraw.ImageDraw.text
+
+    def spy(draw, xy, words, *rest, **more):
+        drawn.append(words)
+        text(draw, xy, words, *rest, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", spy)
+    picture, p = Image.new("RGB", (16, 32)), np.array([[0.9, 0.4]])
+    sheets.attribute_sheet([picture], ["hat", "bag"], p, None, tmp_path / "a.png")
+    assert "guessed" in drawn and any(t.startswith("Guessed attributes") for t in drawn)
+    assert not {"true", "right", "wrong"} & set(" ".join(drawn).split())
+    drawn.clear()
+    sheets.attribute_sheet([picture], ["hat", "bag"], p, np.array([[1, 1]]), tmp_path / "b.png")
+    assert {"right (1)", "wrong (1)"} <= set(drawn) and not any("uess" in t for t in drawn)
 
 
 def test_settings_that_do_not_fit_are_refused(people, tmp_path, monkeypatch):

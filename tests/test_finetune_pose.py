@@ -174,6 +174,15 @@ def test_half_body_takes_one_half_and_only_with_more_than_8_joints():
     assert np.allclose(centres, keypoints[~lower, :2].mean(0))
 
 
+def test_the_upper_half_comes_as_often_as_in_hrnet():
+    """HRNet and ViTPose compare a normal number, not a uniform one, with .5."""
+    lower, rng = pose.lower_body(COCO_JOINTS), np.random.default_rng(1)
+    keypoints = person(0)
+    upper = keypoints[~lower, :2].mean(0)
+    ours = [np.allclose(pose.half_body(keypoints, lower, 0.75, rng)[0], upper) for _ in range(4000)]
+    assert abs(np.mean(ours) - np.mean(rng.normal(size=100_000) < 0.5)) < 0.02
+
+
 # ------------------------------------------------------------------------------------------------------ heat maps
 
 
@@ -384,23 +393,31 @@ def test_sigmas_are_published_ones_or_said_to_be_ours():
     assert source.startswith("our sigmas") and sigmas[[0, 6, 9, 10]].tolist() == [0.089, 0.107, 0.079, 0.062]
 
 
-def test_mpii_head_sizes_and_pckh(tmp_path):
-    rng = np.random.default_rng(0)
-    heads, missing = rng.uniform(0, 60, (2, 2, 4)), rng.random((16, 4)) < 0.2
-    scipy.io.savemat(tmp_path / "gt.mat", {"headboxes_src": heads, "jnt_missing": missing.astype(float)})
-    size, labelled = pose_data.read_mpii_heads(tmp_path / "gt.mat", 4)
-    truth, found = rng.uniform(0, 100, (4, 16, 2)), rng.uniform(0, 100, (4, 16, 2))
-    found = truth + (found - truth) * 0.2
+def mpii_mat(path, n, seed=0):
+    """An official ground-truth .mat of n people, as HRNet reads it; positions count from 1."""
+    rng = np.random.default_rng(seed)
+    missing = rng.random((16, n)) < 0.2
+    positions = np.where(missing[:, None], np.nan, rng.uniform(1, 100, (16, 2, n)))
+    mat = {"headboxes_src": rng.uniform(0, 60, (2, 2, n)), "jnt_missing": missing.astype(float)}
+    scipy.io.savemat(path, mat | {"pos_gt_src": positions})
+    return mat["headboxes_src"], missing, positions
+
+
+def test_pckh_is_that_of_the_official_mat_alone(tmp_path):
+    """HRNet's evaluate() (lib/dataset/mpii.py) joint by joint; the list's joints are elsewhere."""
+    boxes, missing, positions = mpii_mat(tmp_path / "gt.mat", 4)
+    heads, rng = pose_data.read_mpii_heads(tmp_path / "gt.mat", 4), np.random.default_rng(1)
+    found = np.nan_to_num(positions, nan=50).transpose(2, 0, 1) - 1 + rng.normal(0, 9, (4, 16, 2))
     hit = total = 0
-    for n in range(4):  # the official evaluation, joint by joint
-        reference = 0.6 * math.dist(heads[1, :, n], heads[0, :, n])
+    for n in range(4):
+        reference = 0.6 * math.dist(boxes[1, :, n], boxes[0, :, n])
         for j in [*range(6), *range(8, 16)]:
             if not missing[j, n]:
                 total += 1
-                hit += math.dist(truth[n, j], found[n, j]) / reference <= 0.5
-    counted = [j for j in range(16) if j not in (6, 7)]
-    value, _, _ = pose.pck(found[:, counted], np.c_[truth, labelled[..., None] * 2][:, counted], size, 0.5)
-    assert value == hit / total and 0.1 < value < 0.9
+                hit += math.dist(found[n, j] + 1, positions[j, :, n]) / reference <= 0.5
+    listed = np.concatenate([rng.uniform(0, 100, (4, 16, 2)), np.full((4, 16, 1), 2)], 2)
+    flat, _ = pose.pck_metrics(found, listed, pose_data.MPII_JOINTS, heads)
+    assert flat["PCKh@.5"] == hit / total and 0.1 < hit / total < 0.9
     with pytest.raises(UserError, match="4 people"):
         pose_data.read_mpii_heads(tmp_path / "gt.mat", 5)
 
@@ -446,7 +463,16 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(dots, tmp_path):
         "Cfg",
         (),
         dict(
-            height=64, width=48, padding=1.25, seed=3, flip=0.5, half_body=0.3, scale=0.5, rotation=40.0, rotation_p=0.6
+            height=64,
+            width=48,
+            padding=1.25,
+            seed=3,
+            flip=0.5,
+            half_body=0.3,
+            scale=0.5,
+            rotation=40.0,
+            rotation_p=0.6,
+            shift=0.3,
         ),
     )
     dataset = pose_data.PosePictures(cfg, people, training=True)
@@ -467,6 +493,25 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(dots, tmp_path):
                 mine = people.flip[j] if mirrored else j
                 checked += np.abs(colour - palette[mine]).max() < 60
     assert checked > 150
+
+
+def test_boxes_are_moved_in_training_as_mmposes_reader_does(dots):
+    people, _, _ = pose_data.read_pose_file(dots[0])
+    cfg = read_config(finetune_pose.KEYS, "", [*QUICK, "shift=1", "half_body=0"])
+    still = read_config(finetune_pose.KEYS, "", [*QUICK, "shift=0", "half_body=0"])
+    moved, plain = (pose_data.PosePictures(c, people, training=True) for c in (cfg, still))
+    shifts = []
+    for epoch in range(100):
+        a, b = (d.augment((epoch, 3), people.keypoints[3].copy()) for d in (moved, plain))
+        shifts.append((a[0] - b[0]) / people.boxes[3, 2:])
+        assert np.array_equal(a[1], b[1]) and a[2:] == b[2:]  # the rest is as it was
+    assert np.abs(shifts).max() <= 0.2 and np.abs(shifts).max(0).min() > 0.18
+    assert np.abs(np.mean(shifts, 0)).max() < 0.03 and len(np.unique(shifts)) == 200
+    # a half body has a centre of its own
+    cfg.half_body = still.half_body = 1.0
+    keypoints = people.keypoints[3].copy()
+    keypoints[:, 2] = 2
+    assert np.allclose(moved.augment((0, 3), keypoints)[0], plain.augment((0, 3), keypoints)[0])
 
 
 def test_flip_test_mirrors_maps_and_swaps_sides(dots):
@@ -627,8 +672,7 @@ def test_official_formats_are_read_tuned_on_and_evaluated(name, tmp_path, monkey
     path = f"{DATA}/formats/{path}"
     extra = [f"boxes={DATA}/formats/{boxes}"] if boxes else []
     if name == "mpii":
-        mat = {"headboxes_src": np.random.default_rng(0).uniform(0, 90, (2, 2, 5)), "jnt_missing": np.zeros((16, 5))}
-        scipy.io.savemat(tmp_path / "gt.mat", mat)
+        mpii_mat(tmp_path / "gt.mat", 5)
         extra = [f"mpii_mat={tmp_path}/gt.mat"]
     run(
         f"train_annotations={path}",
@@ -683,7 +727,7 @@ def test_picture_names_of_any_language(tmp_path):
     assert document["images"][0]["file_name"] == "Zoë.png" and people.files[0].decode() == "Zoë.png"
     people, images = pose_data.read_folder(tmp_path, COCO_JOINTS, [])
     (tmp_path / "boxes.json").write_text(json.dumps([{"file_name": "Zoë.png", "bbox": [1, 2, 30, 40]}]))
-    people, _ = pose_data.read_boxes(tmp_path / "boxes.json", images, people)
+    people, _, _ = pose_data.read_boxes(tmp_path / "boxes.json", images, people)
     assert people.files[0].decode() == "Zoë.png" and people.size.tolist() == [[80, 120]]
 
 
@@ -714,6 +758,111 @@ def test_truth_given_as_scores_counts_the_same_joints_everywhere(tmp_path):
     assert people.keypoints[:, :, 2].tolist() == [[0, 2] * 8 + [2]] * 3
     for row in document["annotations"]:
         assert row["keypoints"][2::3] == [0, 2] * 8 + [2] and row["num_keypoints"] == 9
+
+
+# --------------------------------------------------------------------------------------- CrowdPose
+
+SIGMAS = pose.PUBLISHED_SIGMAS.items()
+CROWD_JOINTS = next(joints for joints, (source, _) in SIGMAS if source == "CrowdPose's")
+
+
+def crowd_file(folder, levels=(0.1, 0.15, 0.2, 0.79, 0.8, 1.0), change=None):
+    """One person a picture. Areas are nonsense, which CrowdPose's evaluator never reads."""
+    path = people_file(folder, len(levels), 6, "crowd.json", CROWD_JOINTS)
+    document = json.loads(path.read_text())
+    for image, level in zip(document["images"], levels):
+        image["crowdIndex"] = level
+    for a in document["annotations"]:
+        a["area"] = 1.0
+    if change:
+        change(document)
+    path.write_text(json.dumps(document))
+    return path
+
+
+def crowd_figures(path, move=0.0):
+    """Metrics of the annotated joints moved by `move` · √(.53 · box area)."""
+    people, notes, document = pose_data.read_pose_file(path, with_document=True)
+    results = []
+    for i, box, keypoints in zip(people.image_id.tolist(), people.boxes, people.keypoints):
+        shift = move * math.sqrt(0.53 * box[2] * box[3])
+        rows = (keypoints + [shift, 0, 0]).flatten().tolist()
+        results.append({"image_id": i, "category_id": 1, "keypoints": rows, "score": 0.5})
+    return pose.coco_metrics(document, results, pose.oks_sigmas(people.joints)[0]), people, notes
+
+
+def test_crowdpose_counts_whom_the_file_counts(tmp_path):
+    """Head and neck are not counted in num_keypoints: who has no other joint is not looked for."""
+
+    def change(document):
+        for a in document["annotations"][:2]:
+            visible = np.reshape(a["keypoints"], (14, 3))
+            visible[:12] = 0
+            visible[12:, 2] = 2
+            a.update(keypoints=visible.flatten().tolist(), num_keypoints=0)
+
+    figures, people, _ = crowd_figures(crowd_file(tmp_path, change=change))
+    assert len(people.files) == 4 and figures["AP"] > 0.999 and figures["AR"] > 0.999
+
+
+def test_crowdposes_area_is_half_the_box_whatever_the_file_says(tmp_path):
+    """OKS of a shift by m·√area: the mean over joints of exp(−m² / 2(2σ)²)."""
+    figures, people, _ = crowd_figures(crowd_file(tmp_path), move=0.06)
+    sigmas, _ = pose.oks_sigmas(people.joints)
+    each = np.exp(-(0.06**2) / (2 * (2 * sigmas) ** 2))
+    oks = [each[k[:, 2] > 0].mean() for k in people.keypoints]
+    right = (np.array(oks)[:, None] >= np.arange(0.5, 1, 0.05)).mean(0)
+    assert figures["AR"] == pytest.approx(right.mean(), abs=1e-6) and 0.5 < figures["AR"] < 1
+    assert figures["AP_medium"] is not None  # 1 px² would be too small for it
+
+
+def test_ap_of_easy_medium_and_hard_pictures(tmp_path):
+    """The bounds .2 and .8 of CrowdPose's evaluator; each level has two pictures here."""
+    path = crowd_file(tmp_path)
+    people, _, document = pose_data.read_pose_file(path, with_document=True)
+    far = {3: 0.0, 5: 900.0, 6: 900.0}  # medium: one of two is found; hard: none is
+    results = [{"image_id": i, "category_id": 1, "score": 0.5} for i in people.image_id.tolist()]
+    for row, keypoints in zip(results, people.keypoints):
+        row["keypoints"] = (keypoints + [far.get(row["image_id"], 0), 0, 0]).flatten().tolist()
+    results = [row for row in results if row["image_id"] != 4]
+    figures = pose.coco_metrics(document, results, pose.oks_sigmas(people.joints)[0])
+    assert figures["AP_crowd_easy"] > 0.999 and figures["AP_crowd_hard"] == 0
+    assert figures["AP_crowd_medium"] == pytest.approx(51 / 101)  # precision 1 up to recall .5
+    easy = pose.coco_metrics(document, results, pose.oks_sigmas(people.joints)[0], {3, 4, 5, 6})
+    assert easy["AP_crowd_hard"] is None and easy["AP"] > 0.999
+
+
+def test_crowd_figures_equal_xtcocotools(tmp_path):
+    """These nine figures are what xtcocotools 1.14.3 (keypoints_crowd) says of this same file."""
+    rng = np.random.default_rng(0)
+    path = crowd_file(tmp_path, np.linspace(0, 1, 24).round(3).tolist())
+    people, _, document = pose_data.read_pose_file(path, with_document=True)
+    noise = rng.normal(0, 6, (24, 14, 3)) * [1, 1, 0]
+    rows = (people.keypoints + noise).reshape(24, -1).tolist()
+    results = [
+        {"image_id": int(i), "category_id": 1, "keypoints": row, "score": float(rng.random())}
+        for i, row in zip(people.image_id, rows)
+    ]
+    ours = pose.coco_metrics(document, results, pose.oks_sigmas(people.joints)[0])
+    names = "AP AP50 AP75 AR AR50 AR75 AP_crowd_easy AP_crowd_medium AP_crowd_hard".split()
+    theirs = [0.434689, 1, 0.25165, 0.5125, 1, 0.416667, 0.4486, 0.4392, 0.527]
+    assert [ours[name] for name in names] == pytest.approx(theirs, abs=1e-4)
+
+
+def test_pictures_listed_with_their_sides_swapped_keep_their_own(tmp_path):
+    """As in CrowdPose's old lists of train and test. A picture of another size stays an error."""
+
+    def swap(document):
+        for image in document["images"]:
+            image["width"], image["height"] = image["height"], image["width"]
+
+    figures, people, notes = crowd_figures(crowd_file(tmp_path, change=swap))
+    plain = pose_data.read_pose_file(crowd_file(tmp_path / "plain"))[0]
+    assert np.array_equal(people.size, plain.size) and np.array_equal(people.boxes, plain.boxes)
+    assert notes["turned"] == 6 and "swapped: 6" in pose_data.said(notes) and figures["AP"] > 0.999
+    path = crowd_file(tmp_path, change=lambda d: d["images"][2].update(width=999))
+    with pytest.raises(UserError, match=r"6_3.png is .* but its annotation says"):
+        pose_data.read_pose_file(path)
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -782,6 +931,65 @@ def test_bad_pictures_may_be_left_out_and_are(dots, tmp_path):
     path = spoil(tmp_path, lambda d, f: (f / "images/4_3.png").unlink())
     run(f"train_annotations={dots[0]}", f"val_annotations={path}", *QUICK, "max_bad=1", f"out={tmp_path}/run")
     assert json.loads((tmp_path / "run/metrics.json").read_text())["people"] == 2
+
+
+def test_boxes_of_left_out_pictures_are_left_out_and_counted(dots, tmp_path, capfd):
+    path = spoil(tmp_path, lambda d, f: (f / "images/4_3.png").unlink())
+    box = {"bbox": [5, 5, 40, 60], "score": 0.9, "category_id": 1}
+    (tmp_path / "boxes.json").write_text(json.dumps([box | {"image_id": i} for i in (1, 2, 3, 3)]))
+    keys = [f"boxes={tmp_path}/boxes.json", "max_bad=1"]
+    sets = [f"train_annotations={dots[0]}", f"val_annotations={path}"]
+    run(*sets, *keys, *QUICK, f"out={tmp_path}/run")
+    assert "2 boxes (on left-out pictures: 2)" in capfd.readouterr().err
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert [row["image_id"] for row in results] == [1, 2]
+    # the same when predicting: 4_1.png and 4_2.png are there, a damaged one is left out
+    (tmp_path / "images/4_9.png").write_bytes(b"\x89PNG")
+    boxes = [box | {"file_name": f"4_{i}.png"} for i in (1, 9)]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    weights = f"weights={tmp_path}/run/model.safetensors"
+    run(weights, *keys, f"predict={tmp_path}/images", *MACHINE, f"out={tmp_path}/mine")
+    assert "1 boxes (on left-out pictures: 1)" in capfd.readouterr().err
+
+
+def test_degenerate_boxes_are_counted_and_left_out_up_to_a_key(dots, tmp_path, capfd):
+    """One such box does not refuse a file; crowds and people without joints never do."""
+
+    def change(document, folder):
+        a, b, c = document["annotations"]
+        a["bbox"][3] = 0
+        more = [dict(b, id=9, bbox=[1, 1, 0, 9], iscrowd=1), dict(b, id=10, bbox=[1, 1, 0, 9])]
+        more[1]["keypoints"] = [0] * 51
+        document["annotations"] += more
+
+    path = spoil(tmp_path, change)
+    keys = [f"train_annotations={dots[0]}", f"val_annotations={path}", *QUICK]
+    with pytest.raises(UserError, match=r"annotation 1 has box .*w, h > 0 .* max_bad_boxes=1"):
+        run(*keys, f"out={tmp_path}/run")
+    assert not (tmp_path / "run").exists()
+    run(*keys, "max_bad_boxes=1", f"out={tmp_path}/run")
+    assert "2 people to evaluate (people left out for their box: 1)" in capfd.readouterr().err
+    assert json.loads((tmp_path / "run/metrics.json").read_text())["people"] == 2
+    people, notes, document = pose_data.read_pose_file(path, None, 0, True, 1)
+    rows = zip(people.image_id.tolist(), people.keypoints.reshape(2, -1).tolist())
+    found = [{"image_id": i, "category_id": 1, "keypoints": k, "score": 1.0} for i, k in rows]
+    assert pose.coco_metrics(document, found, pose.oks_sigmas(people.joints)[0])["AR"] > 0.999
+
+    (tmp_path / "mpii").mkdir()
+    listed = mpii_list(tmp_path / "mpii", scale=0)
+    with pytest.raises(UserError, match="entry 2 .*max_bad_boxes=1"):
+        pose_data.read_pose_file(listed)
+    people, notes, _ = pose_data.read_pose_file(listed, max_bad_boxes=1)
+    assert len(people.files) == 1 and (notes["rows"], notes["bad_boxes"]) == (2, 1)
+
+    boxes = [{"image_id": 1, "bbox": box} for box in ([5, 5, 9, 9], [5, 5, 0, 9], [500, 5, 9, 9])]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    people, _, _ = pose_data.read_pose_file(dots[0])
+    arguments = tmp_path / "boxes.json", {1: ("0_1.png", (70, 90), 1)}, people
+    with pytest.raises(UserError, match=r"boxes\.json: box .*and 1 more.*max_bad_boxes=2"):
+        pose_data.read_boxes(*arguments, max_bad_boxes=1)
+    people, _, about = pose_data.read_boxes(*arguments, max_bad_boxes=2)
+    assert len(people.files) == 1 and about == "1 boxes (left out as no box: 2)"
 
 
 BAD_KEYS = {

@@ -57,7 +57,7 @@ def market(root, train=9, test=5):
         for camera, number in ((1, 1), (2, 2), (3, 3)):
             add("bounding_box_test", person, camera, number)
     add("query", 999, 1, 0)  # nobody else is like this one
-    add("query", 0, 1, 0)  # a distractor as query: no match either, though the gallery has person 0
+    add("query", -1, 1, 0)  # junk as query: no match either, though the gallery has junk
     add("bounding_box_test", 0, 2, 0)
     add("bounding_box_test", -1, 2, 0)
     (root / "bounding_box_test" / "Thumbs.db").write_text("not a picture")
@@ -426,6 +426,45 @@ def test_other_folders_in_market_naming(tmp_path):
     assert reid.read_data(tmp_path, "auto", None, "q", "a")[0] is None
 
 
+def test_msmt17_in_market_naming_counts_people_from_0(tmp_path, data):
+    """Its first test person is 0000. Market-1501's queries have no 0: a distractor."""
+    rng = np.random.default_rng(0)
+    names = {
+        "bounding_box_train": ["0000_c1_0.jpg", "0000_c2_0.jpg", "0001_c1_0.jpg"],
+        "query": ["0000_c1_0.jpg", "0001_c1_0.jpg", "-1_c1_0.jpg"],
+        "bounding_box_test": ["0000_c2_0.jpg", "0001_c3_0.jpg", "-1_c2_0.jpg"],
+    }
+    for folder, files in names.items():
+        for name in files:
+            paint(tmp_path / folder / name, 1, 1, rng)
+    train, query, gallery, about = reid.read_data(tmp_path)
+    assert train.ids.tolist() == [1, 1, 2] and gallery.ids.tolist() == [-1, 1, 2]
+    assert query.ids.tolist() == [reid.NOBODY, 1, 2]
+    assert "0 distractors, 1 junk)" in about and "numbered from 0 in the names" in about
+    assert "left out" not in about and "3 training pictures of 2 people" in about
+    only_test = reid.read_data(tmp_path, train=None)
+    assert only_test[0] is None and only_test[2].ids.tolist() == [-1, 1, 2]
+    same = np.zeros((3, 3)) + (query.ids[:, None] != gallery.ids)
+    all_found = reid.ranking_metrics(same, *query[2:], *gallery[2:])
+    assert (all_found["mAP"], all_found["unmatched"]) == (1.0, 1)
+    assert "numbered from 0" not in reid.read_data(data)[3]
+
+
+def test_ap_is_by_rank_and_not_below_the_trapezoidal_one():
+    """Of these two definitions ours is the higher one; Market-1501's MATLAB code has the other."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        right = rng.random(30) < 0.2
+        if not right.any():
+            continue
+        got = reid.ranking_metrics(np.arange(30.0)[None], *np.ones((2, 1)), right, np.full(30, 2))
+        precision, recall = right.cumsum() / np.arange(1, 31), right.cumsum() / right.sum()
+        assert got["mAP"] == pytest.approx(precision[right].mean())
+        before = np.concatenate([[1.0], precision[:-1]])
+        steps = np.diff(recall, prepend=0)
+        assert got["mAP"] >= (steps * (before + precision) / 2).sum() - 1e-12
+
+
 def test_msmt17_reader(tmp_path):
     rng = np.random.default_rng(0)
     lists = {
@@ -514,6 +553,30 @@ def test_three_ranks_embed_each_picture_once(data, monkeypatch):
         np.testing.assert_allclose(np.concatenate(shares), whole, atol=1e-5)
 
 
+def test_rank_0_ranks_with_the_threads_of_all(data, monkeypatch):
+    """The other ranks wait; NCCL's would give up in the middle of a large gallery."""
+    _, query, gallery, _ = reid.read_data(data)
+    used, before = [], torch.get_num_threads()
+
+    def ranked(*arguments, rerank=False):
+        used.append((rerank, torch.get_num_threads()))
+        return {}
+
+    monkeypatch.setattr(finetune_reid, "embed", lambda *arguments: None)
+    monkeypatch.setattr(finetune_reid, "evaluate_features", ranked)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    cfg = finetune_reid.read_config(finetune_reid.KEYS, "", ["rerank=true"])
+    torch.set_num_threads(2)
+    try:
+        for world in (1, 2, 8):
+            finetune_reid.evaluate(cfg, None, query, gallery, 0, world, "cpu")
+        finetune_reid.evaluate(cfg, None, query, gallery, 1, 8, "cpu")
+        assert used == [(rerank, n) for n in (2, 4, 6) for rerank in (False, True)]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_finished_runs_are_left_alone(plain, data, capsys):
     before = (plain / "last.pt").stat().st_mtime_ns
     stage(f"data={data}", f"out={plain}", *SMALL, "epochs=3", "save_every=2", "eval_every=2")
@@ -549,6 +612,15 @@ def test_eval_only_and_predict(plain, data, tmp_path, capsys):
     np.testing.assert_allclose(np.linalg.norm(found["embeddings"], axis=1), 1, atol=1e-5)
     assert found["nearest"].shape == found["similarity"].shape == (7, 6)
     assert Image.open(tmp_path / "mine" / "nearest.png").width > 300
+
+    one = sorted((data / "query").iterdir())[1]
+    stage(f"predict={one}", weights, f"out={tmp_path}/one", *MACHINE, "size=small")
+    said = capsys.readouterr()
+    assert f"model {plain}/model.safetensors, which sets size=tiny (not small), " in said.err
+    assert "(1 pictures x 192)" in said.out and "nearest.png" not in said.out
+    alone = np.load(tmp_path / "one" / "embeddings.npz")
+    np.testing.assert_allclose(alone["embeddings"], found["embeddings"][1:2], atol=1e-5)
+    assert alone["files"].tolist() == [one.name] and alone["nearest"].shape == (1, 0)
 
 
 def test_bad_input_is_one_line(data, tmp_path, plain):

@@ -3,6 +3,7 @@ with BERT (a tiny random one), training that learns, ranks, resume after a kill,
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ import torch.nn.functional as F
 from conftest import ROOT, kill_after, run_script
 from PIL import Image
 from sklearn.metrics import average_precision_score
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.utils import _to_kwargs  # how DistributedDataParallel moves its arguments
+from torch.nn.utils import rnn
 
 import captions
 import finetune_t2i
@@ -19,7 +23,7 @@ from common import load_checkpoint
 from config import UserError
 from finetune_t2i import ranking_loss, retrieval_metrics
 
-TINY = ["size=tiny", "patch=8", "height=32", "width=16", "project=16", "log_every=1"]
+TINY = ["size=tiny", "patch=8", "height=32", "width=16", "pad=1", "project=16", "log_every=1"]
 MACHINE = ["precision=fp32", "workers=0", "device=cpu"]
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (235, 235, 235)}
 SENTENCES = ("A person in a {0} shirt and {1} trousers.", "Trousers that are {1}, and above them a {0} top!")
@@ -72,7 +76,7 @@ def run(monkeypatch, arguments):
 
 def config(**more):
     defaults = {name: key.default for name, key in finetune_t2i.KEYS.items()}
-    small = dict(size="tiny", patch=8, height=32, width=16, project=16)
+    small = dict(size="tiny", patch=8, height=32, width=16, pad=1, project=16)
     return type("Config", (), defaults | small | more)()
 
 
@@ -80,18 +84,21 @@ def config(**more):
 
 
 def slow_ranking_loss(v, t, person, noise, margin):
-    """As the docstring says it, one pair at a time. → value, share of anchors with a negative."""
-    v, t = F.normalize(v, dim=1), F.normalize(t, dim=1)
-    total, found, M = 0.0, 0, len(v)
-    for k, (a, b) in enumerate(((v, t), (t, v))):
-        for i in range(M):
-            own = a[i] @ b[i]
-            allowed = [j for j in range(M) if person[j] != person[i] and own - margin < a[i] @ b[j] < own]
-            if allowed:
-                j = max(allowed, key=lambda j: noise[k, i, j])
-                total = total + (margin - own + a[i] @ b[j]) / M
+    """HAP's loss/RankingLoss.py by its rule, one anchor at a time; noise stands for its choice.
+
+    → value: summed over the anchors of both directions, and the share of anchors with a negative.
+    """
+    similarity = F.normalize(v, dim=1) @ F.normalize(t, dim=1).T
+    total, found = 0.0, 0
+    for k, s in enumerate((similarity, similarity.T)):
+        for i in range(len(s)):
+            negative = [j for j in range(len(s)) if person[j] != person[i]]
+            semi_hard = [j for j in negative if 0 < s[i, j] - s[i, i] + margin < margin]
+            if semi_hard:
+                j = max(semi_hard, key=lambda j: noise[k, i, j])
+                total = total + F.relu(margin - s[i, i] + s[i, j])
                 found += 1
-    return total, found / (2 * M)
+    return total, found / (2 * len(v))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -154,6 +161,24 @@ def test_retrieval_equals_scikit_learn_both_ways():
     )
 
 
+def trapezoidal_ap(score, right):
+    """HAP's and LGUR's calculate_ap: the area under the precision-recall curve by trapezia."""
+    places = np.flatnonzero(right[np.argsort(score)[::-1]])
+    before = [i / place if place else 1.0 for i, place in enumerate(places)]
+    at = [(i + 1) / (place + 1) for i, place in enumerate(places)]
+    return np.mean([before, at])
+
+
+def test_ap_is_by_rank_and_not_below_the_trapezoidal_one():
+    rng = np.random.default_rng(4)
+    v, t = (rng.normal(size=(n, 6)).astype(np.float32) for n in (20, 31))
+    v, t = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (v, t))
+    image_ids, text_ids = np.arange(20) % 6, np.arange(31) % 6
+    by_rank = retrieval_metrics(v, t, image_ids, text_ids)["ap"]
+    trapezia = [trapezoidal_ap(v @ row, image_ids == i) for row, i in zip(t, text_ids)]
+    assert (by_rank >= trapezia).all() and by_rank.mean() - np.mean(trapezia) > 0.02
+
+
 def test_retrieval_by_hand():
     v = np.eye(3, dtype=np.float32)
     t = np.eye(3, dtype=np.float32)[[0, 2]]
@@ -178,6 +203,20 @@ def test_readers_of_the_three_files(tmp_path, people):
     (tmp_path / "reid_raw.json").write_text(json.dumps([entry | {"processed_tokens": [["one"]]}]))
     val = read_captions(tmp_path / "reid_raw.json")["val"]
     assert val.texts == ["one", "two"] and val.ids.tolist() == [0] and val.files[0].endswith("imgs/cam_a/x.png")
+
+
+def test_training_people_are_left_out_by_id_and_joined_by_those_of_val(tmp_path):
+    Image.new("RGB", (4, 8)).save(tmp_path / "x.png")
+    people = [(1369, "train"), (7, "train"), (1369, "test"), (8, "val"), (7, "train")]
+    entry = {"img_path": "x.png"}
+    entries = [entry | {"split": s, "captions": [f"person {i}"], "id": i} for i, s in people]
+    (tmp_path / "c.json").write_text(json.dumps(entries))
+    splits = read_captions(tmp_path / "c.json", tmp_path, leave_out=[1369], trainval=True)
+    train, test = splits["train"], splits["test"]
+    assert train.texts == ["person 7", "person 7", "person 8"] and train.ids.tolist() == [0, 0, 1]
+    assert train.picture.tolist() == [0, 1, 2] and test.texts == ["person 1369"]
+    with pytest.raises(UserError, match="leave_out=8: .*c.json has no such person to train on"):
+        read_captions(tmp_path / "c.json", tmp_path, leave_out=[8])
 
 
 def test_bad_captions_are_one_clear_line(tmp_path):
@@ -231,6 +270,76 @@ def test_a_sentence_does_not_depend_on_its_batch(people, tiny_bert):
     assert sum(p.requires_grad for p in text.model.parameters()) == 0 and not text.model.training
 
 
+def test_text_branch_is_the_packed_bidirectional_lstm_of_hap(people):
+    """torch's own packed LSTM, without bias, its directions averaged; ours needs no packing."""
+    split = read_captions(people / "data_captions.json")["train"]
+    torch.manual_seed(0)
+    model, text, _, _ = finetune_t2i.build_model(config(min_count=1), split, "cpu")
+    sentences = ["red", "a person in a blue shirt and white trousers above them", "zebra trousers"]
+    tokens, lengths = pad_tokens([text.tokens(s, 100) for s in sentences])
+    D = model.encoder.width
+    lstm = torch.nn.LSTM(300, D, batch_first=True, bidirectional=True, bias=False)
+    for suffix, ours in (("", model.lstm_ahead), ("_reverse", model.lstm_back)):
+        for name in ("weight_ih_l0", "weight_hh_l0"):
+            getattr(lstm, name + suffix).data.copy_(getattr(ours, name))
+    x = model.embedding(tokens)
+    packed = rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+    states, _ = rnn.pad_packed_sequence(lstm(packed)[0], batch_first=True)
+    best = torch.stack([((s[:n, :D] + s[:n, D:]) / 2).amax(0) for s, n in zip(states, lengths)])
+    expected = best @ model.projection.weight.T
+    torch.testing.assert_close(model.text_features(tokens, lengths), expected)
+
+
+def test_arguments_may_be_moved_as_ddp_moves_them(people):
+    """DistributedDataParallel moves every tensor of the arguments to the GPU, the lengths too.
+
+    Fake tensors know their shape and device but hold no numbers, so no GPU is needed.
+    """
+    split = read_captions(people / "data_captions.json")["train"]
+    with FakeTensorMode(), torch.backends.cudnn.flags(enabled=False):
+        with torch.device("cuda"):
+            model, _, _, _ = finetune_t2i.build_model(config(), split, "cuda")
+        tokens, lengths = torch.ones(4, 9, dtype=torch.long), torch.ones(4, dtype=torch.long)
+        arguments = torch.rand(4, 3, 32, 16), tokens, lengths
+        moved, _ = _to_kwargs(arguments, {}, torch.device("cuda", 0), False)
+        outputs = model(*moved[0])
+    assert {x.device.type for x in outputs} == {"cuda"}
+    assert [tuple(x.shape) for x in outputs] == [(4, 16)] * 2 + [(4, 8)] * 2
+
+
+def test_the_pictures_branch_and_its_start_are_haps(people):
+    split = read_captions(people / "data_captions.json")["train"]
+    torch.manual_seed(0)
+    model, _, _, _ = finetune_t2i.build_model(config(project=384), split, "cpu")
+    images = torch.randn(2, 3, 32, 16)
+    # max over the last block's tokens, before the final norm
+    tokens = model.encoder.embed(images)
+    for block in model.encoder.blocks:
+        tokens = block(tokens)
+    expected = tokens[:, model.encoder.n_special :].amax(1) @ model.projection.weight.T
+    torch.testing.assert_close(model.image_features(images), expected)
+    assert model.projection.bias is None and model.encoder.drop_rates.max() == pytest.approx(0.1)
+    kaiming = (2 / 384) ** 0.5  # fan out
+    assert model.projection.weight.std().item() == pytest.approx(kaiming, rel=0.02)
+    assert model.classifier.weight.std().item() == pytest.approx(0.001, rel=0.1)
+    assert not model.classifier.bias.any()
+    # drop path acts on the picture: noise of 0 drops all branches but the first block's
+    dropped = model.image_features(images, torch.zeros(2 * model.encoder.depth, 2))
+    assert (dropped - model.image_features(images)).abs().max() > 0.1
+
+
+def test_training_pictures_are_shifted_by_the_border_and_mirrored(people):
+    split = read_captions(people / "data_captions.json")["train"]
+    plain = captions.picture_of(split.files[0], (32, 16))
+    bordered = F.pad(plain, (2, 2, 2, 2))
+    shifts = [bordered[:, y : y + 32, x : x + 16] for y in range(5) for x in range(5)]
+    known = {x.numpy().tobytes(): n for n, x in enumerate(shifts + [x.flip(2) for x in shifts])}
+    pairs = captions.Pairs(split, Words.of(split.texts, 1), config(pad=2, flip=0.5, seed=0))
+    seen = {known[pairs[(epoch, 0)][0].numpy().tobytes()] for epoch in range(60)}
+    assert len(seen) > 20 and min(seen) < 25 <= max(seen)
+    assert torch.equal(pairs[(7, 0)][0], pairs[(7, 0)][0])
+
+
 # -------------------------------------------------------------------------------------------------------- training
 
 FAST = ("batch=8", "lr=2.0e-3", "lr_encoder=5.0e-4", "milestones=20", "flip=0", "min_count=1")
@@ -245,7 +354,7 @@ def test_one_batch_is_overfitted(people):
     images = torch.stack([captions.picture_of(split.files[r], (32, 16)) for r in rows]).float() / 128 - 1
     tokens, lengths = pad_tokens([text.tokens(split.texts[2 * r], 100) for r in rows])
     person, optimizer = torch.arange(8), torch.optim.Adam(model.parameters(), 1e-3)
-    for step in range(90):
+    for step in range(200):  # the classifier starts near 0
         v, t, a, b = model(images, tokens, lengths)
         noise = torch.rand(2, 8, 8, generator=torch.Generator().manual_seed(step))
         rank_loss, _ = ranking_loss(v, t, person, noise)
@@ -258,7 +367,7 @@ def test_one_batch_is_overfitted(people):
     assert retrieval_metrics(v, t, person.numpy(), person.numpy())["t2i_R1"] == 1.0
 
 
-def test_training_finds_new_people_by_sentence(people, tmp_path, monkeypatch):
+def test_training_finds_new_people_by_sentence(people, tmp_path, monkeypatch, capfd):
     run(monkeypatch, args(people, tmp_path / "a", *FAST, "epochs=12"))
     got = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert (got["pictures"], got["captions"], got["persons"]) == (9, 18, 5)
@@ -270,6 +379,7 @@ def test_training_finds_new_people_by_sentence(people, tmp_path, monkeypatch):
                       *MACHINE])  # fmt: skip
     again = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert again == got
+    assert "model.safetensors, which sets size=tiny (not base), patch=" in capfd.readouterr().err
 
     search = ["sentence=a person with green trousers and a red top", f"predict={people / 'imgs'}"]
     run(monkeypatch, [weights, *search, f"out={tmp_path / 'c'}", *MACHINE])
@@ -277,6 +387,12 @@ def test_training_finds_new_people_by_sentence(people, tmp_path, monkeypatch):
     assert len(found) == 33 and found[0]["cosine"] >= found[1]["cosine"] >= found[-1]["cosine"]
     assert {row["image"][:4] for row in found[:2]} == {"0000"}  # red over green
     assert (tmp_path / "c" / "ranking.png").exists()
+    one = f"predict={people / 'imgs' / found[3]['image']}"
+    monkeypatch.chdir(tmp_path)
+    run(monkeypatch, [weights, search[0], one, *MACHINE])  # without out=
+    alone = json.loads(Path("runs/t2i_predict/ranking.json").read_text())["ranking"]
+    assert [row["image"] for row in alone] == [Path(found[3]["image"]).name]
+    assert alone[0]["cosine"] == pytest.approx(found[3]["cosine"], abs=1e-4)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "cut.png").write_bytes(b"\x89PNG")
     with pytest.raises(UserError, match="cut.png is damaged or truncated .*mend or remove it"):
@@ -302,6 +418,8 @@ def test_settings_that_do_not_fit_are_refused(people, tmp_path, monkeypatch):
     for more, message in (
         (["batch=99"], "larger than the 48 training samples"),
         (["evaluate_on=val"], "has no val split"),
+        (["evaluate_on=val", "trainval=true"], "not trained on"),
+        (["leave_out=1,999"], "leave_out=999"),
         (["eval_only=true"], "need each other"),
         (["weights=x"], "need each other"),
         ([f"predict={people}", "weights=x"], "sentence="),

@@ -714,7 +714,8 @@ def test_people_cameras_keep_their_place(people):
 
 def test_people_attributes_and_captions_are_true(people):
     csvs = {kind: str(people / f"attributes_{kind}.csv") for kind in ("train", "val", "test")}
-    cfg = SimpleNamespace(dataset="csv", annotation=None, images=None, select="val", trainval=False, **csvs)
+    more = dict(select="val", trainval=False, eval_only=False)
+    cfg = SimpleNamespace(dataset="csv", annotation=None, images=None, **more, **csvs)
     names, splits, _ = attributes.read_attributes(cfg)
     told = captions.read_captions(people / "data_captions.json", people)
     assert [len(splits[kind].files) for kind in splits] == [60, 24, 60]

@@ -3,6 +3,7 @@ own ViT-B, and the figures that a working model must reach."""
 
 import importlib
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from safetensors.torch import save_file
+from transformers import Dinov2Config, Dinov2Model
 
 import losses
 import model
@@ -382,6 +384,107 @@ def test_torchvision_vit_gives_the_same_tokens():
     # the older torchvision names of the MLP
     older = {n.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): v for n, v in state.items()}
     assert len(load_pretrained(ours, older, "vit_b_16.pth")[0]) == len(used)
+
+
+def dinov2_layout(theirs):
+    """transformers' Dinov2Model, old and new → DINOv2's own names, which are timm's too."""
+    parts = [(r"^embeddings\.(\w+_token)", r"\1"), ("^embeddings.position_.*", "pos_embed")]
+    parts += [("^embeddings.patch_embeddings.projection", "patch_embed.proj")]
+    parts += [("^layernorm", "norm"), ("^encoder.layer.", "blocks.")]
+    parts += [("attention.(o_proj|output.dense)", "attn.proj")]
+    parts += [(r"layer_scale(\d).lambda1", r"ls\1.gamma")]
+    parts += [(r"attention.*\.(q)(uery|_proj)", r"\1"), (r"attention.*\.(k)(ey|_proj)", r"\1")]
+    parts += [(r"attention.*\.(v)(alue|_proj)", r"\1")]
+    state = dict(theirs.state_dict())
+    for pattern, name in parts:
+        state = {re.sub(pattern, name, old): value for old, value in state.items()}
+    for i in range(len(theirs.encoder.layer)):
+        for kind in ("weight", "bias"):
+            qkv = [state.pop(f"blocks.{i}.{x}.{kind}") for x in "qkv"]
+            state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(qkv)
+    return state
+
+
+@torch.no_grad()
+def test_dinov2_gives_the_same_tokens_with_layer_scale_folded_in():
+    """transformers' own Dinov2Model, random weights, against our reading of them."""
+    shape = dict(hidden_size=D, num_hidden_layers=2, num_attention_heads=4)
+    config = Dinov2Config(image_size=32, patch_size=P, **shape)
+    torch.manual_seed(0)
+    theirs = Dinov2Model(config).eval()
+    for parameter in theirs.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.3)  # also layer scale, which starts at 1
+    ours, state = ViT(D, 2, 4, (32, 32), P, pose_token=False), dinov2_layout(theirs)
+    used, unused, missing = load_pretrained(ours, state, "dinov2.pth")
+    assert unused == ["mask_token"] and missing == [] and "blocks.1.ls2.gamma" in used
+    images = torch.randn(2, 3, 32, 32)
+    close(ours(images), theirs(images).last_hidden_state, 1e-4)
+    plain = {name: value for name, value in state.items() if "gamma" not in name}
+    load_pretrained(ours, plain, "without.pth")
+    assert (ours(images) - theirs(images).last_hidden_state).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["reg_token", "register_tokens"])
+def test_a_register_comes_back_as_the_pose_token(name, tmp_path):
+    s = SIZES["tiny"]
+    vit = ViT(s["width"], s["depth"], s["heads"], (64, 32), 16)
+    state = {n.replace("pose_token", name): v for n, v in vit.state_dict().items()}
+    torch.save(state, tmp_path / "timm.pth")
+    # whether the stage asks for [POSE] or not
+    ours, _, said = load_encoder(tmp_path / "timm.pth", (64, 32), "tiny", pose_token=False)
+    assert ours.n_special == 2 and "[POSE]" in said and "not used: none" in said
+    images = torch.randn(2, 3, 64, 32)
+    assert torch.equal(ours(images), vit(images))
+    square = ViT(s["width"], s["depth"], s["heads"], (64, 64), 16)  # positions of patches alone
+    assert load_pretrained(square, square.state_dict() | {}, "square.pth")[2] == []
+    small, _, _ = load_encoder(tmp_path / "timm.pth", (32, 32), "tiny")
+    assert small.pos_embed.shape == (1, 4, s["width"])
+
+
+@torch.no_grad()
+def test_timm_with_one_register_gives_the_same_tokens():
+    timm = pytest.importorskip("timm", reason="timm is not installed; the test above stands for it")
+    theirs = timm.models.VisionTransformer(
+        img_size=SIDE, patch_size=P, embed_dim=D, depth=2, num_heads=4, reg_tokens=1,
+        no_embed_class=True, init_values=0.3, num_classes=5,
+    ).eval()  # fmt: skip
+    for parameter in theirs.parameters():
+        parameter.add_(torch.randn(parameter.shape) * 0.1)
+    ours = encoder()
+    _, unused, missing = load_pretrained(ours, theirs.state_dict(), "timm.pth")
+    assert unused == ["head.weight", "head.bias"] and missing == []
+    close(ours(pictures()), theirs.forward_features(pictures()), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["norm_pre.weight", "fc_norm.weight", "dist_token", "storage_tokens", "rope_embed.periods"]
+    + ["blocks.0.attn.q_norm.weight", "blocks.1.gamma_1", "rel_pos_bias.table"]
+    + ["patch_embed.norm.bias", "blocks.0.ls1.gamma", "blocks.1.attn.relative_position_bias_table"],
+)
+def test_weights_that_would_make_another_encoder_are_refused(name):
+    """CLIP's norm before the blocks, BEiT's positions, others' tokens: one line with the name."""
+    vit = encoder()
+    before = {n: v.clone() for n, v in vit.state_dict().items()}
+    with pytest.raises(UserError, match=rf"other.pth: this ViT has nothing for {name}, and"):
+        load_pretrained(vit, encoder().state_dict() | {name: torch.zeros(1, 1, 3)}, "other.pth")
+    assert all(torch.equal(v, before[n]) for n, v in vit.state_dict().items())
+
+
+def test_more_registers_and_registers_without_a_place_are_refused():
+    plain = encoder(pose_token=False)
+    four, one = (plain.state_dict() | {"reg_token": torch.zeros(1, n, D)} for n in (4, 1))
+    with pytest.raises(UserError, match=r"reg_token \(1, 4, 32\): one register has a place"):
+        load_pretrained(encoder(), four, "x.pth")
+    with pytest.raises(UserError, match=r"reg_token needs \[POSE\]'s place; set pose_token=true"):
+        load_pretrained(plain, one, "x.pth")
+
+
+def test_heads_decoders_and_mask_tokens_are_listed_as_unused():
+    names = ["head.weight", "head_dist.bias", "decoder_blocks.0.norm1.weight", "mask_token"]
+    names += ["decoder_pos_embed", "decoder_mask_token", "pre_logits.fc.weight", "projector.0.bias"]
+    state = encoder().state_dict() | {name: torch.zeros(3) for name in names}
+    assert load_pretrained(encoder(), state, "x.pth", GRID)[1] == names
 
 
 def test_own_encoder_and_its_grid():

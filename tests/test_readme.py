@@ -71,6 +71,32 @@ def test_command_is_valid_with_its_config(command, monkeypatch):
         assert shared % (int(ranks[1]) * groups) == 0
 
 
+def demo_folders():
+    """The run folders below runs/demo that demo.sh writes, its loop over tasks unrolled."""
+    folders = set()
+    for line in re.findall(r"\brun (\S+\.py.*|\"finetune_.*)", (ROOT / "demo.sh").read_text()):
+        for task in ("pose", "reid", "par", "t2i"):
+            words = shlex.split(re.sub(r"\$\{?task\}?", task, line.split(";")[0]))
+            script, arguments = words[0], [w for w in words[1:] if "$" not in w]
+            keys = importlib.import_module(Path(script).stem).KEYS
+            folders.add(read_config(keys, "", arguments).out)
+    return folders
+
+
+def test_example_lines_name_what_the_demo_writes(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folders = demo_folders()
+    assert {"runs/demo/people", "runs/demo/pretrain", "runs/demo/t2i_pretrained"} <= folders
+    named = set()
+    for command in COMMANDS + HEADS:
+        script, arguments = words_of(command)
+        cfg = read_config(importlib.import_module(Path(script).stem).KEYS, "", arguments)
+        values = {name: value for name, value in vars(cfg).items() if isinstance(value, str)}
+        values.pop("out", None)
+        named |= {"/".join(v.split("/")[:3]) for v in values.values() if v.startswith("runs/demo/")}
+    assert named and named <= folders
+
+
 def test_heads_are_read():
     assert len(HEADS) >= len(CONFIGS) + len(STAGES)
 
