@@ -24,7 +24,7 @@ from safetensors.torch import save as to_safetensors
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from config import DISK_FULL, UserError, read_yaml
+from plumbing.config import DISK_FULL, UserError, read_yaml
 
 # --------------------------------------------------------------------------------------- process group and devices
 

@@ -21,8 +21,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from common import CROP, FLIP, SAMPLE, gather_rows, rank_share, seed_all, write_json
-from config import UserError
 from masks import PARTS, part_guided_mask  # noqa: F401  data.part_guided_mask is its public name
+from plumbing.config import UserError
 
 COCO_JOINTS = (
     "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "

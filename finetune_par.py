@@ -29,9 +29,6 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
 
-import sheets
-from attributes import THRESHOLD, AttributePictures, Split, attribute_metrics, read_attributes, weighted_bce
-from batches import EpochBatches, training_loader
 from common import (
     WEIGHTS,
     Figures,
@@ -55,11 +52,14 @@ from common import (
     write_atomic,
     write_json,
 )
-from config import Key, UserError, check_job, read_config, run_stage
 from data import as_bytes, load_picture, normalize, pictures_at, refuse_bad_pictures
-from heads import TOKENS, feature_width, reads_pose, token_features
+from drawing import sheets
+from formats.weights import load_encoder, meta_of, use_meta
 from model import SIZES
-from weights import load_encoder, meta_of, use_meta
+from plumbing.batches import EpochBatches, training_loader
+from plumbing.config import Key, UserError, check_job, read_config, run_stage
+from tasks.attributes import THRESHOLD, AttributePictures, Split, attribute_metrics, read_attributes, weighted_bce
+from tasks.heads import TOKENS, feature_width, reads_pose, token_features
 
 KEYS = dict(
     out=Key("runs/par", "run folder; for eval_only runs/par_eval, for predict runs/par_predict"),

@@ -24,10 +24,6 @@ import pycocotools  # noqa: F401  known to be missing now, not after the trainin
 import torch
 from torch.utils.data import DataLoader
 
-import pose
-import pose_data
-import sheets
-from batches import EpochBatches, training_loader
 from common import (
     DROP_PATH,
     WEIGHTS,
@@ -53,11 +49,15 @@ from common import (
     start_ranks,
     write_json,
 )
-from config import Key, UserError, check_job, read_config, run_stage
 from data import load_picture, normalize
-from heads import POSE_TOKENS, ClassicHead, PoseModel, SimpleHead, reads_pose
+from drawing import sheets
+from formats import poses
+from formats.weights import load_encoder, meta_of, use_meta
 from model import SIZES, layer_of
-from weights import load_encoder, meta_of, use_meta
+from plumbing.batches import EpochBatches, training_loader
+from plumbing.config import Key, UserError, check_job, read_config, run_stage
+from tasks import pose
+from tasks.heads import POSE_TOKENS, ClassicHead, PoseModel, SimpleHead, reads_pose
 
 KEYS = dict(
     out=Key("runs/pose", "run folder; for eval_only runs/pose_eval, for predict runs/pose_predict"),
@@ -129,7 +129,7 @@ def main():
     meta, weights = use_meta(cfg, "finetune_pose.py", "joints", "tokens", "head", "padding")
     train_people = None
     if not cfg.weights:
-        train_people, notes, _ = pose_data.read_pose_file(
+        train_people, notes, _ = poses.read_pose_file(
             cfg.train_annotations, cfg.train_images, cfg.max_bad, max_bad_boxes=cfg.max_bad_boxes
         )
         train_people = train_people.take(np.arange(len(train_people.files))[: cfg.limit or None])
@@ -146,7 +146,7 @@ def main():
     if cfg.compile:
         model.encoder.compile()
     if train_people:
-        dataset = pose_data.PosePictures(cfg, train_people, training=True)
+        dataset = poses.PosePictures(cfg, train_people, training=True)
         batches = EpochBatches(len(dataset), cfg.batch, cfg.seed, rank, world)
     if open_run(cfg, KEYS, rank) == "finished":
         return
@@ -158,7 +158,7 @@ def main():
         optimizer = build_optimizer(cfg, model)
         step = resume(Path(cfg.out) / "last.pt", model, optimizer)["step"]
         log = Log(cfg.out, total, step, rank, "pose")
-        read = f"{len(train_people.files)} people{pose_data.said(notes)}, {len(joints)} joints"
+        read = f"{len(train_people.files)} people{poses.said(notes)}, {len(joints)} joints"
         log.say(f"{report}; {read}, {total} steps of {cfg.batch}; {val.about}")
         train(cfg, model, meta, optimizer, dataset, batches, val, step, total, log, rank, world, device)
         log.close()
@@ -273,7 +273,7 @@ def predict(cfg, model, val, rank, world, device):
     → (N, K, 3) float32 x, y in picture px and score, on every rank. Flip test: the mirrored picture's heat maps are
     mirrored back and averaged; UDP's grid is its own mirror image, so nothing is shifted.
     """
-    dataset = pose_data.PosePictures(cfg, val.people, training=False)
+    dataset = poses.PosePictures(cfg, val.people, training=False)
     own, batch = rank_share(len(dataset), rank, world), max(1, min(cfg.batch // world, 256))
     batches = [[(0, i) for i in own[k : k + batch]] for k in range(0, len(own), batch)]
     model.eval()
@@ -295,19 +295,19 @@ class Validation:
     """What is evaluated on: `people` are the boxes (ground truth, or from a file), `truth` the annotated people."""
 
     def __init__(self, cfg):
-        self.truth, notes, self.document = pose_data.read_pose_file(
+        self.truth, notes, self.document = poses.read_pose_file(
             cfg.val_annotations, cfg.val_images, cfg.max_bad, True, cfg.max_bad_boxes
         )
-        self.about = f"{len(self.truth.files)} people to evaluate{pose_data.said(notes)}"
+        self.about = f"{len(self.truth.files)} people to evaluate{poses.said(notes)}"
         self.people, self.box_score = self.truth, np.ones(len(self.truth.files))
         self.bad_images = {i["id"] for i in self.document["images"] if i["file_name"] in set(notes["bad"])}
         self.sigmas, self.sigma_source = pose.oks_sigmas(self.truth.joints)
-        self.category = pose_data.person_category(self.document)["id"]
+        self.category = poses.person_category(self.document)["id"]
         rows = notes.get("rows", len(self.truth.files))  # in the file, also those that are left out
-        self.heads = pose_data.read_mpii_heads(cfg.mpii_mat, rows) if cfg.mpii_mat else None
+        self.heads = poses.read_mpii_heads(cfg.mpii_mat, rows) if cfg.mpii_mat else None
         if cfg.boxes:
-            images = pose_data.pictures_of(self.document, self.truth, self.bad_images)
-            self.people, self.box_score, about = pose_data.read_boxes(
+            images = poses.pictures_of(self.document, self.truth, self.bad_images)
+            self.people, self.box_score, about = poses.read_boxes(
                 cfg.boxes, images, self.truth, self.category, cfg.max_bad_boxes
             )
             self.about += f", {about}"
@@ -371,11 +371,11 @@ class Pictures:
 
     def __init__(self, cfg, meta):
         joints, skeleton = json.loads(meta["joints"]), json.loads(meta["skeleton"])
-        self.people, images = pose_data.read_folder(cfg.predict, joints, skeleton, cfg.max_bad)
+        self.people, images = poses.read_folder(cfg.predict, joints, skeleton, cfg.max_bad)
         self.box_score = np.ones(len(self.people.files))
         self.about = f"{len(self.people.files)} pictures"
         if cfg.boxes:
-            self.people, self.box_score, about = pose_data.read_boxes(
+            self.people, self.box_score, about = poses.read_boxes(
                 cfg.boxes, images, self.people, max_bad_boxes=cfg.max_bad_boxes
             )
             self.about += f", {about}"
@@ -387,7 +387,7 @@ class Pictures:
             keep = pose.without_duplicates(people, found, score, cfg.width / cfg.height, cfg.padding, cfg.nms)
             people, found, score = people.take(keep), found[keep], score[keep]
         seen = np.concatenate([found[..., :2], np.where(found[..., 2:] > 0.2, 2, 1)], 2)
-        write_json(out / "predictions.json", pose_data.coco_document(people, seen, found[..., 2], score), indent=None)
+        write_json(out / "predictions.json", poses.coco_document(people, seen, found[..., 2], score), indent=None)
         chosen = np.argsort(-score, kind="stable")[:24]
         load = [load_picture(people.folder, people.files[i]) for i in chosen]
         labels = [f"score {score[i]:.2f} · {people.files[i].decode()}" for i in chosen]

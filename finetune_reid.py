@@ -26,9 +26,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-import reid
-import sheets
-from batches import PersonBatches, training_loader
 from common import (
     DROP_PATH,
     WEIGHTS,
@@ -55,12 +52,15 @@ from common import (
     write_atomic,
     write_json,
 )
-from config import Key, UserError, check_job, read_config, run_stage
 from data import as_bytes, load_picture, normalize, pictures_at, refuse_bad_pictures
-from heads import TOKENS, GlobalBatchNorm, feature_width, reads_pose, token_features
+from drawing import sheets
+from formats.weights import load_encoder, meta_of, use_meta
 from model import SIZES, layer_of
-from reid import evaluate_features, ranking_metrics, triplet_loss
-from weights import load_encoder, meta_of, use_meta
+from plumbing.batches import PersonBatches, training_loader
+from plumbing.config import Key, UserError, check_job, read_config, run_stage
+from tasks import reid
+from tasks.heads import TOKENS, GlobalBatchNorm, feature_width, reads_pose, token_features
+from tasks.reid import evaluate_features, ranking_metrics, triplet_loss
 
 __all__ = ["ReID", "evaluate_features", "ranking_metrics", "triplet_loss"]
 

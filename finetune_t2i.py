@@ -27,18 +27,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-import sheets
-from batches import EpochBatches, training_loader
-from captions import (
-    Bert,
-    Gallery,
-    Pairs,
-    Words,
-    pad_tokens,
-    ranking_loss,
-    read_captions,
-    retrieval_metrics,
-)
 from common import (
     DROP_PATH,
     NEGATIVE,
@@ -64,12 +52,24 @@ from common import (
     start_ranks,
     write_json,
 )
-from config import Key, UserError, check_job, read_config, run_stage
 from data import as_bytes, load_picture, normalize, pictures_at, refuse_bad_pictures
-from heads import TOKENS, feature_width, reads_pose, token_features
+from drawing import sheets
+from formats.weights import load_encoder, meta_of, use_meta
 from losses import no_autocast
 from model import SIZES
-from weights import load_encoder, meta_of, use_meta
+from plumbing.batches import EpochBatches, training_loader
+from plumbing.config import Key, UserError, check_job, read_config, run_stage
+from tasks.captions import (
+    Bert,
+    Gallery,
+    Pairs,
+    Words,
+    pad_tokens,
+    ranking_loss,
+    read_captions,
+    retrieval_metrics,
+)
+from tasks.heads import TOKENS, feature_width, reads_pose, token_features
 
 KEYS = dict(
     out=Key("runs/t2i", "run folder; for eval_only runs/t2i_eval, for predict runs/t2i_predict"),

@@ -33,15 +33,15 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-import people_set
-import pictures
 import puppet
-from chunks import Chunks, encoded, person_row, picture_seed, put, read_records, record_path, recorded
-from coco import MIN_SCORE, read_people
 from common import PROMPT, WORDING, Log, open_run, rng_of, start_ranks, write_atomic
-from config import Key, UserError, read_config, run_stage
 from data import COCO_CATEGORY, COCO_JOINTS, recognised, to_coco17
-from diffusion import ADAPTERS, DRAW, MODELS, Auditor, Scene, load_painter, paint_chunk, painted_size
+from drawing import pictures
+from formats.coco import MIN_SCORE, read_people
+from plumbing.chunks import Chunks, encoded, person_row, picture_seed, put, read_records, record_path, recorded
+from plumbing.config import Key, UserError, read_config, run_stage
+from plumbing.diffusion import ADAPTERS, DRAW, MODELS, Auditor, Scene, load_painter, paint_chunk, painted_size
+from puppet import people_set
 
 KEYS = {
     "out": Key("runs/generate", "run folder"),

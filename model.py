@@ -14,9 +14,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from config import UserError
-from heads import Projector
 from losses import alignment_loss, full_precision, multi_positive_loss, no_autocast, patch_error, patchify
+from plumbing.config import UserError
+from tasks.heads import Projector
 
 EPS = 1e-6  # LayerNorm [MAE]
 # Encoders: tiny ours (for the demo on a CPU), small as DeiT-S, base [HAP], large [MAE]. Decoder [MAE, HAP], tiny ours.

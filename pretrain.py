@@ -17,9 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import sheets
-from batches import PoseBatches, training_loader
-from coco import MIN_SCORE, read_people
 from common import (
     MASK,
     STEP,
@@ -41,13 +38,16 @@ from common import (
     settle,
     start_ranks,
 )
-from config import Key, UserError, read_config, run_stage
 from data import PretrainPictures, normalize, recognised
-from heads import Projector
+from drawing import sheets
+from formats.coco import MIN_SCORE, read_people
+from formats.weights import load_file_into, meta_of
 from losses import contrastive_health
 from masks import noise_size, part_guided_mask, random_mask
 from model import SIZES, Decoder, GenPoCCL, ViT
-from weights import load_file_into, meta_of
+from plumbing.batches import PoseBatches, training_loader
+from plumbing.config import Key, UserError, read_config, run_stage
+from tasks.heads import Projector
 
 KEYS = dict(
     out=Key("runs/pretrain", "run folder"),

@@ -15,13 +15,13 @@ import torch
 from PIL import Image
 from timing import ceiling, flops, measure, median, ratio, show
 
-import coco
 import data
-import diffusion
 import generate
 import masks
 from common import WEIGHTS, seed_all
-from config import read_config
+from formats import coco
+from plumbing import diffusion
+from plumbing.config import read_config
 
 ROOT = Path(__file__).resolve().parent.parent
 

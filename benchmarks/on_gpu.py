@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(1, str(ROOT))
 
 from common import write_json  # noqa: E402
-from config import UserError, run_stage  # noqa: E402
+from plumbing.config import UserError, run_stage  # noqa: E402
 
 DEVICE = os.environ.get("DEVICE", "cuda")
 SMALL = os.environ.get("SMALL", "0") not in ("", "0")

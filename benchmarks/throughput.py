@@ -38,9 +38,9 @@ import data  # noqa: E402
 import losses  # noqa: E402
 import model as ours  # noqa: E402
 import pretrain  # noqa: E402
-from batches import PoseBatches, training_loader  # noqa: E402
 from common import autocast, start_ranks  # noqa: E402
-from config import Key, read_config, run_stage  # noqa: E402
+from plumbing.batches import PoseBatches, training_loader  # noqa: E402
+from plumbing.config import Key, read_config, run_stage  # noqa: E402
 
 KEYS = pretrain.KEYS | dict(
     size=Key("small", "encoder size", choices=tuple(ours.SIZES)),

@@ -17,13 +17,13 @@ from pretend_cuda import DEVICE, EndOfSteps, MovesArguments, PretendCuda
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import DataLoader
 
-import coco
 import common
 import data
 import generate
 import model
-from batches import PoseBatches, WholeRun, training_loader
-from config import UserError
+from formats import coco
+from plumbing.batches import PoseBatches, WholeRun, training_loader
+from plumbing.config import UserError
 
 TINY = dict(width=32, depth=2, heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2)
 ALL = "size=tiny patch=16 height=64 width=32 workers=0 log_every=1 save_every=1000 epochs=1"

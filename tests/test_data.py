@@ -13,11 +13,11 @@ from PIL import Image
 
 import data
 import masks as masking
-from batches import PoseBatches, training_loader
-from coco import read_people
-from config import UserError
 from data import PretrainPictures
+from formats.coco import read_people
 from masks import part_guided_mask, random_mask
+from plumbing.batches import PoseBatches, training_loader
+from plumbing.config import UserError
 
 # ------------------------------------------------------------------------------------------------------------ files
 

@@ -15,13 +15,13 @@ from PIL import Image, ImageDraw
 from scipy.io import savemat
 from sklearn.metrics import balanced_accuracy_score, jaccard_score, precision_score, recall_score
 
-import attributes
 import finetune_par
-import sheets
-from batches import EpochBatches
 from common import load_checkpoint
-from config import UserError
+from drawing import sheets
 from finetune_par import attribute_metrics, weighted_bce
+from plumbing.batches import EpochBatches
+from plumbing.config import UserError
+from tasks import attributes
 
 TINY = ["size=tiny", "patch=8", "height=32", "width=16", "pad=2", "log_every=1"]
 MACHINE = ["precision=fp32", "workers=0", "device=cpu"]

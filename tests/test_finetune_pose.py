@@ -1,4 +1,4 @@
-"""finetune_pose.py, pose.py, pose_data.py: numerics against loops and hand-worked cases, files, runs, ranks, resume."""
+"""finetune_pose.py, pose.py, poses.py: numerics against loops and hand-worked cases, files, runs, ranks, resume."""
 
 import json
 import math
@@ -19,13 +19,12 @@ from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
 import finetune_pose
-import heads
 import model
-import pose
-import pose_data
 from common import parameter_groups
-from config import UserError, read_config
 from data import COCO_JOINTS
+from formats import poses
+from plumbing.config import UserError, read_config
+from tasks import heads, pose
 
 DATA = os.environ.get("GENPOCCL_DATA")
 needs_data = pytest.mark.skipif(not DATA, reason="GENPOCCL_DATA is not set: no real annotation files")
@@ -59,7 +58,8 @@ def script(folder):
     path.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         f"import model; model.SIZES['tiny'] = {SMALL!r}\n"
-        "import config, finetune_pose, torch\n"
+        "import finetune_pose, torch\n"
+        "from plumbing import config\n"
         "if 'sgd' in sys.argv:\n"
         "    sys.argv.remove('sgd')\n"
         "    sys.path.insert(0, 'tests'); import test_finetune_pose\n"
@@ -379,9 +379,9 @@ def test_figures_without_a_usable_reference_are_left_out():
     """A torso of no length, heads of NaN: no bare NaN for metrics.json, which would not be JSON."""
     truth = np.full((2, 16, 3), 5.0)
     truth[:, 9, 2] = 0  # head_top
-    assert pose.pck_metrics(truth[..., :2], truth, pose_data.MPII_JOINTS) == ({}, {})
+    assert pose.pck_metrics(truth[..., :2], truth, poses.MPII_JOINTS) == ({}, {})
     truth[0, 12:14, 0] = 25, 45  # the shoulders
-    flat, full = pose.pck_metrics(truth[..., :2], truth, pose_data.MPII_JOINTS)
+    flat, full = pose.pck_metrics(truth[..., :2], truth, poses.MPII_JOINTS)
     assert flat == {"PCK@.2": 1.0} and full["people_without_torso"] == 1
 
 
@@ -389,7 +389,7 @@ def test_sigmas_are_published_ones_or_said_to_be_ours():
     sigmas, source = pose.oks_sigmas(COCO_JOINTS)
     with_coco = COCOeval(iouType="keypoints").params.kpt_oks_sigmas
     assert np.allclose(sigmas, with_coco) and source.startswith("COCO")
-    sigmas, source = pose.oks_sigmas(pose_data.MPII_JOINTS)
+    sigmas, source = pose.oks_sigmas(poses.MPII_JOINTS)
     assert source.startswith("our sigmas") and sigmas[[0, 6, 9, 10]].tolist() == [0.089, 0.107, 0.079, 0.062]
 
 
@@ -406,7 +406,7 @@ def mpii_mat(path, n, seed=0):
 def test_pckh_is_that_of_the_official_mat_alone(tmp_path):
     """HRNet's evaluate() (lib/dataset/mpii.py) joint by joint; the list's joints are elsewhere."""
     boxes, missing, positions = mpii_mat(tmp_path / "gt.mat", 4)
-    heads, rng = pose_data.read_mpii_heads(tmp_path / "gt.mat", 4), np.random.default_rng(1)
+    heads, rng = poses.read_mpii_heads(tmp_path / "gt.mat", 4), np.random.default_rng(1)
     found = np.nan_to_num(positions, nan=50).transpose(2, 0, 1) - 1 + rng.normal(0, 9, (4, 16, 2))
     hit = total = 0
     for n in range(4):
@@ -416,10 +416,10 @@ def test_pckh_is_that_of_the_official_mat_alone(tmp_path):
                 total += 1
                 hit += math.dist(found[n, j] + 1, positions[j, :, n]) / reference <= 0.5
     listed = np.concatenate([rng.uniform(0, 100, (4, 16, 2)), np.full((4, 16, 1), 2)], 2)
-    flat, _ = pose.pck_metrics(found, listed, pose_data.MPII_JOINTS, heads)
+    flat, _ = pose.pck_metrics(found, listed, poses.MPII_JOINTS, heads)
     assert flat["PCKh@.5"] == hit / total and 0.1 < hit / total < 0.9
     with pytest.raises(UserError, match="4 people"):
-        pose_data.read_mpii_heads(tmp_path / "gt.mat", 5)
+        poses.read_mpii_heads(tmp_path / "gt.mat", 5)
 
 
 def test_layer_decay_ids_and_groups():
@@ -458,7 +458,7 @@ def test_tokens_decide_what_the_head_sees(tokens):
 
 
 def test_a_sample_depends_on_seed_epoch_and_index_only(dots, tmp_path):
-    people, _, _ = pose_data.read_pose_file(dots[0])
+    people, _, _ = poses.read_pose_file(dots[0])
     cfg = type(
         "Cfg",
         (),
@@ -475,7 +475,7 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(dots, tmp_path):
             shift=0.3,
         ),
     )
-    dataset = pose_data.PosePictures(cfg, people, training=True)
+    dataset = poses.PosePictures(cfg, people, training=True)
     first = dataset[(1, 4)]
     dataset[(0, 2)]
     np.random.seed(1)
@@ -496,10 +496,10 @@ def test_a_sample_depends_on_seed_epoch_and_index_only(dots, tmp_path):
 
 
 def test_boxes_are_moved_in_training_as_mmposes_reader_does(dots):
-    people, _, _ = pose_data.read_pose_file(dots[0])
+    people, _, _ = poses.read_pose_file(dots[0])
     cfg = read_config(finetune_pose.KEYS, "", [*QUICK, "shift=1", "half_body=0"])
     still = read_config(finetune_pose.KEYS, "", [*QUICK, "shift=0", "half_body=0"])
-    moved, plain = (pose_data.PosePictures(c, people, training=True) for c in (cfg, still))
+    moved, plain = (poses.PosePictures(c, people, training=True) for c in (cfg, still))
     shifts = []
     for epoch in range(100):
         a, b = (d.augment((epoch, 3), people.keypoints[3].copy()) for d in (moved, plain))
@@ -516,9 +516,9 @@ def test_boxes_are_moved_in_training_as_mmposes_reader_does(dots):
 
 def test_flip_test_mirrors_maps_and_swaps_sides(dots):
     """A perfect network, straight and mirrored: averaging must change nothing, so peaks stay high and in place."""
-    people, _, _ = pose_data.read_pose_file(dots[1])
+    people, _, _ = poses.read_pose_file(dots[1])
     cfg = read_config(finetune_pose.KEYS, "", [*QUICK, "batch=16", "padding=1.5"])
-    dataset = pose_data.PosePictures(cfg, people, training=False)
+    dataset = poses.PosePictures(cfg, people, training=False)
     straight = torch.stack([dataset[(0, i)]["keypoints"] for i in range(len(dataset))])
     mirrored = straight[:, people.flip] * torch.tensor([-1.0, 1, 1]) + torch.tensor([47.0, 0, 0])
     mirrored[..., 2] = straight[..., 2] = 2
@@ -562,7 +562,7 @@ def test_overfits_one_batch_then_evaluates_and_predicts(dots, tmp_path):
     run(f"predict={folder}", weights, *MACHINE, "padding=1", f"out={tmp_path}/whole")
     answer = tmp_path / "whole/predictions.json"
     check_fields(answer)
-    people, _, _ = pose_data.read_pose_file(answer, folder)  # a valid COCO keypoint file
+    people, _, _ = poses.read_pose_file(answer, folder)  # a valid COCO keypoint file
     assert people.joints == COCO_JOINTS and len(people.files) == 3 and (tmp_path / "whole/overlays.png").exists()
     boxes = [{"file_name": "0.png", "bbox": document["annotations"][0]["bbox"], "score": 0.5}] * 2
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
@@ -694,7 +694,7 @@ def test_official_formats_are_read_tuned_on_and_evaluated(name, tmp_path, monkey
 def test_true_poses_score_one_on_official_files():
     """Annotated joints handed in as results: AP 1, crowds and people without joints included."""
     for path in ("formats/coco/test_coco.json", "formats/crowdpose/test_crowdpose.json", "lspet/val.json"):
-        people, _, document = pose_data.read_pose_file(f"{DATA}/{path}", with_document=True)
+        people, _, document = poses.read_pose_file(f"{DATA}/{path}", with_document=True)
         rows = [
             {"image_id": int(i), "category_id": 1, "score": 0.9, "keypoints": k.flatten().tolist()}
             for i, k in zip(people.image_id, people.keypoints)
@@ -705,7 +705,7 @@ def test_true_poses_score_one_on_official_files():
 
 @needs_data
 def test_mpii_boxes_and_joints_follow_the_published_rule():
-    people, _, document = pose_data.read_pose_file(f"{DATA}/formats/mpii/test_mpii.json")
+    people, _, document = poses.read_pose_file(f"{DATA}/formats/mpii/test_mpii.json")
     row = json.loads(Path(f"{DATA}/formats/mpii/test_mpii.json").read_text())[0]
     side, (x, y) = 200 * row["scale"], row["center"]
     expected = [x - 1 - side / 2, y + 15 * row["scale"] - 1 - side / 2, side, side]
@@ -723,17 +723,17 @@ def mpii_list(folder, name="Zoë.png", **changes):
 
 
 def test_picture_names_of_any_language(tmp_path):
-    people, _, document = pose_data.read_pose_file(mpii_list(tmp_path))
+    people, _, document = poses.read_pose_file(mpii_list(tmp_path))
     assert document["images"][0]["file_name"] == "Zoë.png" and people.files[0].decode() == "Zoë.png"
-    people, images = pose_data.read_folder(tmp_path, COCO_JOINTS, [])
+    people, images = poses.read_folder(tmp_path, COCO_JOINTS, [])
     (tmp_path / "boxes.json").write_text(json.dumps([{"file_name": "Zoë.png", "bbox": [1, 2, 30, 40]}]))
-    people, _, _ = pose_data.read_boxes(tmp_path / "boxes.json", images, people)
+    people, _, _ = poses.read_boxes(tmp_path / "boxes.json", images, people)
     assert people.files[0].decode() == "Zoë.png" and people.size.tolist() == [[80, 120]]
 
 
 def test_ids_as_text_and_rows_of_other_categories_change_no_figure(dots, tmp_path):
     def figures(path):
-        people, _, document = pose_data.read_pose_file(path, f"{dots[0].parent}/images", with_document=True)
+        people, _, document = poses.read_pose_file(path, f"{dots[0].parent}/images", with_document=True)
         found = people.keypoints + np.array([3, 0, 0], np.float32)
         rows = zip(people.image_id.tolist(), found.reshape(len(found), -1).tolist())
         results = [{"image_id": i, "category_id": 1, "keypoints": k, "score": 1.0} for i, k in rows]
@@ -754,7 +754,7 @@ def test_truth_given_as_scores_counts_the_same_joints_everywhere(tmp_path):
     for row in document["annotations"]:
         row["keypoints"][2::3] = [0.05, 0.9] * 8 + [0.2]
     path.write_text(json.dumps(document))
-    people, _, document = pose_data.read_pose_file(path, with_document=True)
+    people, _, document = poses.read_pose_file(path, with_document=True)
     assert people.keypoints[:, :, 2].tolist() == [[0, 2] * 8 + [2]] * 3
     for row in document["annotations"]:
         assert row["keypoints"][2::3] == [0, 2] * 8 + [2] and row["num_keypoints"] == 9
@@ -782,7 +782,7 @@ def crowd_file(folder, levels=(0.1, 0.15, 0.2, 0.79, 0.8, 1.0), change=None):
 
 def crowd_figures(path, move=0.0):
     """Metrics of the annotated joints moved by `move` · √(.53 · box area)."""
-    people, notes, document = pose_data.read_pose_file(path, with_document=True)
+    people, notes, document = poses.read_pose_file(path, with_document=True)
     results = []
     for i, box, keypoints in zip(people.image_id.tolist(), people.boxes, people.keypoints):
         shift = move * math.sqrt(0.53 * box[2] * box[3])
@@ -819,7 +819,7 @@ def test_crowdposes_area_is_half_the_box_whatever_the_file_says(tmp_path):
 def test_ap_of_easy_medium_and_hard_pictures(tmp_path):
     """The bounds .2 and .8 of CrowdPose's evaluator; each level has two pictures here."""
     path = crowd_file(tmp_path)
-    people, _, document = pose_data.read_pose_file(path, with_document=True)
+    people, _, document = poses.read_pose_file(path, with_document=True)
     far = {3: 0.0, 5: 900.0, 6: 900.0}  # medium: one of two is found; hard: none is
     results = [{"image_id": i, "category_id": 1, "score": 0.5} for i in people.image_id.tolist()]
     for row, keypoints in zip(results, people.keypoints):
@@ -836,7 +836,7 @@ def test_crowd_figures_equal_xtcocotools(tmp_path):
     """These nine figures are what xtcocotools 1.14.3 (keypoints_crowd) says of this same file."""
     rng = np.random.default_rng(0)
     path = crowd_file(tmp_path, np.linspace(0, 1, 24).round(3).tolist())
-    people, _, document = pose_data.read_pose_file(path, with_document=True)
+    people, _, document = poses.read_pose_file(path, with_document=True)
     noise = rng.normal(0, 6, (24, 14, 3)) * [1, 1, 0]
     rows = (people.keypoints + noise).reshape(24, -1).tolist()
     results = [
@@ -857,12 +857,12 @@ def test_pictures_listed_with_their_sides_swapped_keep_their_own(tmp_path):
             image["width"], image["height"] = image["height"], image["width"]
 
     figures, people, notes = crowd_figures(crowd_file(tmp_path, change=swap))
-    plain = pose_data.read_pose_file(crowd_file(tmp_path / "plain"))[0]
+    plain = poses.read_pose_file(crowd_file(tmp_path / "plain"))[0]
     assert np.array_equal(people.size, plain.size) and np.array_equal(people.boxes, plain.boxes)
-    assert notes["turned"] == 6 and "swapped: 6" in pose_data.said(notes) and figures["AP"] > 0.999
+    assert notes["turned"] == 6 and "swapped: 6" in poses.said(notes) and figures["AP"] > 0.999
     path = crowd_file(tmp_path, change=lambda d: d["images"][2].update(width=999))
     with pytest.raises(UserError, match=r"6_3.png is .* but its annotation says"):
-        pose_data.read_pose_file(path)
+        poses.read_pose_file(path)
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
@@ -912,7 +912,7 @@ BAD_ROWS = {
 def test_bad_rows_of_an_mpii_list(name, tmp_path):
     changes, message = BAD_ROWS[name]
     with pytest.raises(UserError, match=message):
-        pose_data.read_pose_file(mpii_list(tmp_path, **changes))
+        poses.read_pose_file(mpii_list(tmp_path, **changes))
 
 
 @pytest.mark.parametrize(
@@ -921,10 +921,10 @@ def test_bad_rows_of_an_mpii_list(name, tmp_path):
     + [{"bbox": [-1e300, 0, 2e300, 5]}, {"bbox": [math.nan, 0, 5, 5]}, {"bbox": [5, 5, 5, math.nan]}],
 )
 def test_bad_boxes(changes, dots, tmp_path):
-    people, _, _ = pose_data.read_pose_file(dots[0])
+    people, _, _ = poses.read_pose_file(dots[0])
     (tmp_path / "boxes.json").write_text(json.dumps([{"image_id": 1, "bbox": [5, 5, 9, 9]} | changes]))
     with pytest.raises(UserError, match=r"boxes\.json"):
-        pose_data.read_boxes(tmp_path / "boxes.json", {1: ("0_1.png", (70, 90), 1)}, people)
+        poses.read_boxes(tmp_path / "boxes.json", {1: ("0_1.png", (70, 90), 1)}, people)
 
 
 def test_bad_pictures_may_be_left_out_and_are(dots, tmp_path):
@@ -970,7 +970,7 @@ def test_degenerate_boxes_are_counted_and_left_out_up_to_a_key(dots, tmp_path, c
     run(*keys, "max_bad_boxes=1", f"out={tmp_path}/run")
     assert "2 people to evaluate (people left out for their box: 1)" in capfd.readouterr().err
     assert json.loads((tmp_path / "run/metrics.json").read_text())["people"] == 2
-    people, notes, document = pose_data.read_pose_file(path, None, 0, True, 1)
+    people, notes, document = poses.read_pose_file(path, None, 0, True, 1)
     rows = zip(people.image_id.tolist(), people.keypoints.reshape(2, -1).tolist())
     found = [{"image_id": i, "category_id": 1, "keypoints": k, "score": 1.0} for i, k in rows]
     assert pose.coco_metrics(document, found, pose.oks_sigmas(people.joints)[0])["AR"] > 0.999
@@ -978,17 +978,17 @@ def test_degenerate_boxes_are_counted_and_left_out_up_to_a_key(dots, tmp_path, c
     (tmp_path / "mpii").mkdir()
     listed = mpii_list(tmp_path / "mpii", scale=0)
     with pytest.raises(UserError, match="entry 2 .*max_bad_boxes=1"):
-        pose_data.read_pose_file(listed)
-    people, notes, _ = pose_data.read_pose_file(listed, max_bad_boxes=1)
+        poses.read_pose_file(listed)
+    people, notes, _ = poses.read_pose_file(listed, max_bad_boxes=1)
     assert len(people.files) == 1 and (notes["rows"], notes["bad_boxes"]) == (2, 1)
 
     boxes = [{"image_id": 1, "bbox": box} for box in ([5, 5, 9, 9], [5, 5, 0, 9], [500, 5, 9, 9])]
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
-    people, _, _ = pose_data.read_pose_file(dots[0])
+    people, _, _ = poses.read_pose_file(dots[0])
     arguments = tmp_path / "boxes.json", {1: ("0_1.png", (70, 90), 1)}, people
     with pytest.raises(UserError, match=r"boxes\.json: box .*and 1 more.*max_bad_boxes=2"):
-        pose_data.read_boxes(*arguments, max_bad_boxes=1)
-    people, _, about = pose_data.read_boxes(*arguments, max_bad_boxes=2)
+        poses.read_boxes(*arguments, max_bad_boxes=1)
+    people, _, about = poses.read_boxes(*arguments, max_bad_boxes=2)
     assert len(people.files) == 1 and about == "1 boxes (left out as no box: 2)"
 
 

@@ -13,13 +13,13 @@ from PIL import Image
 
 import finetune_reid
 import losses
-import reid
-from batches import PersonBatches
 from common import load_checkpoint, save_encoder
-from config import UserError
 from finetune_reid import ranking_metrics, triplet_loss
+from formats.weights import encoder_meta
 from model import layer_of
-from weights import encoder_meta
+from plumbing.batches import PersonBatches
+from plumbing.config import UserError
+from tasks import reid
 
 SMALL = ["size=tiny", "height=32", "width=16", "patch=8", "pad=2", "people=6", "pictures_per_person=2", "device=cpu"]
 SMALL += ["warmup_epochs=0.5", "lr=1e-3", "layer_decay=0.9", "log_every=1", "workers=0", "precision=fp32"]

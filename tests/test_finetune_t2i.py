@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.utils import _to_kwargs  # how DistributedDataParallel moves its arguments
 from torch.nn.utils import rnn
 
-import captions
 import finetune_t2i
-from captions import Words, pad_tokens, read_captions
 from common import load_checkpoint
-from config import UserError
 from finetune_t2i import ranking_loss, retrieval_metrics
+from plumbing.config import UserError
+from tasks import captions
+from tasks.captions import Words, pad_tokens, read_captions
 
 TINY = ["size=tiny", "patch=8", "height=32", "width=16", "pad=1", "project=16", "log_every=1"]
 MACHINE = ["precision=fp32", "workers=0", "device=cpu"]

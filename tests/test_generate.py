@@ -18,17 +18,14 @@ import torch
 from conftest import check_fields
 from PIL import Image
 
-import attributes
-import captions
-import chunks
-import diffusion
 import generate
-import people_set
-import pictures
 import puppet
-import reid
-from config import UserError
 from data import COCO_CATEGORY
+from drawing import pictures
+from plumbing import chunks, diffusion
+from plumbing.config import UserError
+from puppet import people_set
+from tasks import attributes, captions, reid
 
 ROOT = Path(__file__).resolve().parent.parent
 JOINTS = COCO_CATEGORY["keypoints"]
@@ -563,7 +560,7 @@ def test_puppet_workers_that_are_not_forked(puppet_set, tmp_path, monkeypatch, m
 
 def test_a_stage_forks_its_loaders_unless_told_otherwise():
     """Under Python 3.14's default, set here by hand, each loader would hold all annotations."""
-    ask = "import multiprocessing as m, config\n"
+    ask = "import multiprocessing as m\nfrom plumbing import config\n"
     ask += "m.context._default_context._default_context = m.get_context('forkserver')"
     default = "fork" if sys.platform == "linux" else "forkserver"
     for before, used in (("", default), ("m.set_start_method('spawn')", "spawn")):

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from pretend_cuda import PretendCuda
 
 import losses
-from heads import GlobalBatchNorm, Projector
 from model import Decoder, GenPoCCL, ViT
+from tasks.heads import GlobalBatchNorm, Projector
 
 M, D, P = 12, 6, 2  # rows of the global batch, width, patch side
 GRID = (2, 3)

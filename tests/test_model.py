@@ -16,10 +16,10 @@ from transformers import Dinov2Config, Dinov2Model
 
 import losses
 import model
-from config import UserError, read_config
-from heads import ClassicHead, Projector, SimpleHead
+from formats.weights import load_encoder, load_pretrained, meta_of, resized_positions
 from model import SIZES, Decoder, GenPoCCL, ViT, sincos_positions
-from weights import load_encoder, load_pretrained, meta_of, resized_positions
+from plumbing.config import UserError, read_config
+from tasks.heads import ClassicHead, Projector, SimpleHead
 
 SIDE, P = (32, 16), 4  # a grid of 8 × 4
 GRID, N, D = (8, 4), 32, 32

@@ -18,7 +18,7 @@ from test_data import write_set
 
 import pretrain
 from common import load_checkpoint, save_encoder
-from config import UserError
+from plumbing.config import UserError
 
 SMALL = ["size=tiny", "height=64", "width=32", "patch=8", "pictures_per_pose=3", "batch=12", "warmup_epochs=0.5"]
 SMALL += ["device=cpu", "workers=0"]
@@ -103,7 +103,7 @@ def test_a_kill_at_the_last_save_leaves_no_stale_weights(sets, plain, tmp_path, 
     """The fifth and last save dies before its encoder or its checkpoint: the next start must write both."""
     command = arguments(sets, tmp_path / "run", "epochs=3", "save_every=2")
     program = (
-        "import os, sys, pretrain, config\n"
+        "import os, sys, pretrain\nfrom plumbing import config\n"
         f"inner, calls, sys.argv = pretrain.{write}, [], ['pretrain.py', *sys.argv[1:]]\n"
         "def dies(*args, **more):\n"
         "    calls.append(0)\n"

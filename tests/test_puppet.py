@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import puppet as pp
-import puppet_body as body
+from puppet import body, figure, scene
 
 SIZE = (128, 64)
 DATA = os.environ.get("GENPOCCL_DATA")
@@ -81,7 +81,7 @@ def test_a_camera_keeps_its_background():
     scenes = pp.sample_scenes(0, keys, camera=[0, 0, 0, 0, 1, 1, 1, 1]).scenes
     assert len({s["family"] + str(s["wall"]) for s in scenes[:4]}) == 1
     assert len({str(s["wall"]) for s in scenes}) == 2
-    places = [pp.draw_background(s, 64, 32) for s in scenes]
+    places = [scene.draw_background(s, 64, 32) for s in scenes]
     near = np.abs(places[0] - places[1]).mean()
     assert 0 < near < np.abs(places[0] - places[4]).mean()
 
@@ -189,7 +189,7 @@ def dominant_colour(pixels):
     """Nearest palette name of pixels (n, 3) in [0, 1] by hue if coloured, by lightness if not."""
     mean = np.median(pixels, 0)
     mean = mean / max(mean.max(), 1e-3)
-    distance = {n: np.abs(np.array(c) / max(c) - mean).sum() for n, c in pp.COLOURS.items()}
+    distance = {n: np.abs(np.array(c) / max(c) - mean).sum() for n, c in figure.COLOURS.items()}
     return min(distance, key=distance.get)
 
 
@@ -225,7 +225,7 @@ def test_attributes_and_sentences_are_true():
     rates = {n: np.mean([row[n] for row in table]) for n in names}
     assert all(0 < r < 1 for r in rates.values()), rates
     for row in table:
-        assert sum(row["up_" + c] for c in pp.UP_COLOURS) == 1 == sum(row["down_" + c] for c in pp.DOWN_COLOURS)
+        assert sum(row["up_" + c] for c in figure.UP_COLOURS) == 1 == sum(row["down_" + c] for c in figure.DOWN_COLOURS)
         assert not (row["backpack"] and row["bag"])
     said = set()
     for p, row in zip(people, table):
@@ -281,11 +281,11 @@ def test_a_logo_shows_in_its_colour_from_the_front_only():
     person, scene = pp.sample_identities(0, [(0,)]).people[0], pp.sample_scenes(0, [(0,)])
     scene.scenes[0].update(cast=np.ones(3, np.float32), noise=0.0, blur=0.0, occluder=None)
     person |= dict(backpack=False, bag="none", hair="short", upper="sweater", sleeves="long")
-    person |= dict(upper_pattern="plain", upper_colour="black", upper_rgb=np.array(pp.COLOURS["black"], np.float32))
+    person |= dict(upper_pattern="plain", upper_colour="black", upper_rgb=np.array(figure.COLOURS["black"], np.float32))
     for front in (True, False):
         poses = pp.take(sampled, np.flatnonzero((1 if front else -1) * sampled.chest[:, 2, 2] > 0.8)[:10])
         for name in ("red", "blue"):
-            logo = person | dict(upper_pattern="logo", upper_second_rgb=np.array(pp.COLOURS[name], np.float32))
+            logo = person | dict(upper_pattern="logo", upper_second_rgb=np.array(figure.COLOURS[name], np.float32))
             shows = 0
             for i in range(10):
                 plain, out = (pp.render(pp.take(poses, [i]), pp.Identities([p]), scene, SIZE) for p in (person, logo))

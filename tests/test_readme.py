@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
-from config import read_config
+from plumbing.config import read_config
 
 
 def commands_of(text):

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-import coco
 import data
 import losses
 import model
-from batches import PoseBatches
 from common import CROP, FLIP, seed_all
+from formats import coco
+from plumbing.batches import PoseBatches
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))

@@ -9,12 +9,12 @@ import numpy as np
 
 # Names a few to a line; isort would give each its own.
 # isort: off
-from puppet_body import CHEST, HIP_HALF, SHOULDER_HALF, THIGH, UPPER_ARM, WAIST
-from puppet_body import HEAD, L_EAR, L_ELB, L_EYE, L_HAND, L_SHO, L_WRI, NECK, NOSE, R_EAR, R_ELB, R_EYE, R_SHO, R_WRI
-from puppet_body import L_ANK, L_HEEL, L_HIP, L_KNE, L_TOE, R_ANK, R_HIP, R_KNE
+from puppet.body import CHEST, HIP_HALF, SHOULDER_HALF, THIGH, UPPER_ARM, WAIST
+from puppet.body import HEAD, L_EAR, L_ELB, L_EYE, L_HAND, L_SHO, L_WRI, NECK, NOSE, R_EAR, R_ELB, R_EYE, R_SHO, R_WRI
+from puppet.body import L_ANK, L_HEEL, L_HIP, L_KNE, L_TOE, R_ANK, R_HIP, R_KNE
 
 # isort: on
-from puppet_draw import body_shape, cloth, ellipsoid, limb, mixed
+from puppet.canvas import body_shape, cloth, ellipsoid, limb, mixed
 
 WHITE, DARK, LIP = (np.array(rgb, np.float32) for rgb in ((0.93, 0.92, 0.90), (0.07, 0.06, 0.05), (0.62, 0.20, 0.20)))
 

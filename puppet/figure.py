@@ -9,13 +9,13 @@ It stands where a pose-conditioned diffusion model stands (Stage 1): one pose, m
 
 Files in reading order:
     puppet.py         who is drawn (identity, attributes, sentence) and `render`: the way of one picture, step by step
-    puppet_body.py    body tree, joint limits, sampled poses, camera
-    puppet_lift.py    real 2-D poses made drawable
-    puppet_draw.py    canvas, cloth, shapes
-    puppet_person.py  head, trunk, limbs, bags drawn at the joints; which joints are visible
-    puppet_scene.py   the scenes; background, ground, occluder, blur and noise
+    body.py    body tree, joint limits, sampled poses, camera
+    lift.py    real 2-D poses made drawable
+    canvas.py    canvas, cloth, shapes
+    person.py  head, trunk, limbs, bags drawn at the joints; which joints are visible
+    scene.py   the scenes; background, ground, occluder, blur and noise
 
-Legend: B pictures · J = 26 body points (17 COCO joints first) · H, W picture. Frame: puppet_body.py.
+Legend: B pictures · J = 26 body points (17 COCO joints first) · H, W picture. Frame: body.py.
 Every picture is a function of its own pose, identity and scene only: pictures are drawn one by one (a 128 × 64 canvas
 stays in the processor's cache, which a batch of them does not), each shape only inside its own bounding box.
 """
@@ -25,11 +25,11 @@ from typing import NamedTuple
 import numpy as np
 
 from common import PERSON, rng_of
-from puppet_body import LIMITS, PARTS, J, Poses, choose, project, sample_poses, take
-from puppet_draw import Canvas
-from puppet_lift import LSP_JOINTS, lsp_to_coco, poses_from_keypoints
-from puppet_person import Body, draw_person, visibility
-from puppet_scene import Scenes, draw_background, draw_ground, draw_occluder, finish, sample_scenes
+from puppet.body import LIMITS, PARTS, J, Poses, choose, project, sample_poses, take
+from puppet.canvas import Canvas
+from puppet.lift import LSP_JOINTS, lsp_to_coco, poses_from_keypoints
+from puppet.person import Body, draw_person, visibility
+from puppet.scene import Scenes, draw_background, draw_ground, draw_occluder, finish, sample_scenes
 
 __all__ = ["PARTS", "J", "Poses", "take", "sample_poses", "project"]
 __all__ += ["LSP_JOINTS", "lsp_to_coco", "poses_from_keypoints"]

@@ -19,10 +19,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from common import SAMPLE, seed_all
-from config import UserError
 from data import as_bytes, load_picture, read_json, refuse_bad_pictures
 from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast, world_size
-from reid import evaluate_features
+from plumbing.config import UserError
+from tasks.reid import evaluate_features
 
 
 class Captioned(NamedTuple):

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
-from losses import normalized, patchify, unpatchify
-from pictures import (
+from drawing.pictures import (
     FAINT,
     GROUND,
     INK,
@@ -31,6 +30,7 @@ from pictures import (
     side_of,
     wrapped,
 )
+from losses import normalized, patchify, unpatchify
 
 # ----------------------------------------------------------------------------------------------------- pre-training
 

@@ -13,7 +13,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Sampler
 
 from common import ORDER, rank_rows, rng_of
-from config import UserError
+from plumbing.config import UserError
 
 
 def training_loader(dataset, batches, workers, device, **more):

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import pictures
-from chunks import person_row, picture_seed
-from config import UserError
-from pose import COCO_SIGMAS
-from pose import oks as pose_oks
+from drawing import pictures
+from plumbing.chunks import person_row, picture_seed
+from plumbing.config import UserError
+from tasks.pose import COCO_SIGMAS
+from tasks.pose import oks as pose_oks
 
 MODELS = {"t2i_adapter": "CompVis/stable-diffusion-v1-4", "controlnet": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 
 from common import load_checkpoint
-from config import UserError
 from model import SIZES, ViT
+from plumbing.config import UserError
 
 TORCHVISION = [  # torchvision's vit_* names → ours
     (r"^class_token$", "cls_token"),

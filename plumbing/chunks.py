@@ -20,7 +20,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from common import PICTURE, seed_of
-from config import UserError
+from plumbing.config import UserError
 
 
 class Chunks(Dataset):

@@ -1,6 +1,6 @@
 """Where the puppet stands: a place with light, ground and shadow, perhaps something in front, and the camera's faults.
 
-Legend: H, W picture · c a Canvas (puppet_draw.py). Lengths are shares of H or W, so any size shows the same place.
+Legend: H, W picture · c a Canvas (canvas.py). Lengths are shares of H or W, so any size shows the same place.
 """
 
 from typing import NamedTuple
@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from common import CAMERA, SCENE, rng_of
-from puppet_body import L_ANK, L_HEEL, L_HIP, L_TOE, R_HEEL, R_HIP, R_TOE
-from puppet_draw import patch, texture_bank
+from puppet.body import L_ANK, L_HEEL, L_HIP, L_TOE, R_HEEL, R_HIP, R_TOE
+from puppet.canvas import patch, texture_bank
 
 FAMILIES = ["street", "wall", "grass", "indoor", "plaza", "plain"]
 

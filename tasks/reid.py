@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms import RandomErasing
 
 from common import SAMPLE, seed_all
-from config import UserError
 from data import IMAGENET_MEAN, IMAGENET_STD, as_bytes, load_picture, picture_names, refuse_bad_pictures
 from losses import full_precision, gather_rows_of, gather_with_gradient, no_autocast
+from plumbing.config import UserError
 
 # ---------------------------------------------------------------------------------------------------------- readers
 

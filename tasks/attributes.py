@@ -20,8 +20,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from common import SAMPLE, seed_all
-from config import UserError
 from data import as_bytes, load_picture, refuse_bad_pictures
+from plumbing.config import UserError
 
 THRESHOLD = 0.5  # [Rethinking_of_PAR]
 

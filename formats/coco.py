@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import UserError
 from data import find_bad_pictures, flip_ids, joint_name, picture_fault
+from plumbing.config import UserError
 
 MIN_SCORE = 0.2  # HRNet and ViTPose count a joint into a pose's score from here [HRNet] [ViTPose]
 

@@ -1,6 +1,6 @@
 """Real 2-D poses become drawable: missing joints are completed, depth is guessed, given joints stay where they are.
 
-Legend: B poses · J = 26 body points (17 COCO joints first) · s px per metre on the body. Frame: puppet_body.py.
+Legend: B poses · J = 26 body points (17 COCO joints first) · s px per metre on the body. Frame: body.py.
 In one pose p (J, 2) px and given (J,) bool are filled in place, joint by joint.
 """
 
@@ -8,10 +8,10 @@ import numpy as np
 
 # Names a few to a line; isort would give each its own.
 # isort: off
-from puppet_body import BONES, FACE, J, LIMITS, Poses, chain, rotation, sample_poses
-from puppet_body import CHEST, FOREARM, HAND, HEEL, HIP_HALF, SHANK, SHOULDER_HALF, SKULL, THIGH, TOE, UPPER_ARM, WAIST
-from puppet_body import HEAD, L_EAR, L_EYE, L_ELB, L_HAND, L_SHO, L_WRI, NECK, NOSE, R_EAR, R_ELB, R_EYE, R_SHO, R_WRI
-from puppet_body import L_ANK, L_HEEL, L_HIP, L_KNE, L_TOE, R_ANK, R_HIP, R_KNE
+from puppet.body import BONES, FACE, J, LIMITS, Poses, chain, rotation, sample_poses
+from puppet.body import CHEST, FOREARM, HAND, HEEL, HIP_HALF, SHANK, SHOULDER_HALF, SKULL, THIGH, TOE, UPPER_ARM, WAIST
+from puppet.body import HEAD, L_EAR, L_EYE, L_ELB, L_HAND, L_SHO, L_WRI, NECK, NOSE, R_EAR, R_ELB, R_EYE, R_SHO, R_WRI
+from puppet.body import L_ANK, L_HEEL, L_HIP, L_KNE, L_TOE, R_ANK, R_HIP, R_KNE
 # isort: on
 
 LSP_JOINTS = (

@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from config import UserError
 from losses import full_precision, no_autocast, sum_over_ranks, world_size
+from plumbing.config import UserError
 
 # -------------------------------------------------------------------------------------------- batch norm, projector
 

@@ -23,11 +23,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import pictures
 import puppet
-from chunks import read_records
 from common import BAD_BOX, PICTURE, WORDING, rng_of, seed_of, write_atomic
-from config import UserError
+from drawing import pictures
+from plumbing.chunks import read_records
+from plumbing.config import UserError
 
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")
 SPLITS = ("train", "val", "test")

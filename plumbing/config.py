@@ -42,7 +42,7 @@ def run_stage(main):
         sys.exit(130)
     except UserError as error:
         # A DataLoader worker wraps the message in a traceback; the message itself is the last line.
-        fail(str(error).strip().splitlines()[-1].removeprefix("config.UserError: "))
+        fail(str(error).strip().splitlines()[-1].removeprefix("plumbing.config.UserError: "))
     except OSError as error:
         if error.errno in DISK_FULL:
             fail(f"disk full while writing {error.filename or 'the run folder'}: free space, then run the same command")

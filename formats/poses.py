@@ -13,10 +13,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-import pose
-from coco import MIN_SCORE, People, read_people
 from common import SAMPLE, rng_of
-from config import UserError
 from data import (
     UNREADABLE,
     as_bytes,
@@ -26,6 +23,9 @@ from data import (
     pictures_at,
     read_json,
 )
+from formats.coco import MIN_SCORE, People, read_people
+from plumbing.config import UserError
+from tasks import pose
 
 # ---------------------------------------------------------------------------------------------------------- readers
 
