@@ -1,42 +1,76 @@
-"""What every stage repeats, once: process group, seeds, schedule, run folder and checkpoint, log.
+"""What every stage repeats, once: ranks, schedule, run folder and checkpoint, log.
 
-A stage script uses these in the order they stand here, after it has read its config (config.py). Nothing in this file
-knows the method.
+A stage script uses these in the order they stand here, after it has read its config; what it needs
+of plumbing/ (random numbers, loaders, files) it finds here by the same names. Nothing here knows
+the method.
 """
 
-import argparse
+import atexit
+import contextlib
 import json
 import math
 import os
-import random
-import shutil
+import re
+import signal
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors.torch import load_file
-from safetensors.torch import save as to_safetensors
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from plumbing.config import DISK_FULL, UserError, read_yaml
+from plumbing import errors
+from plumbing.config import read_yaml
+from plumbing.errors import Stopped, UserError, run_stage
+from plumbing.files import (
+    load_checkpoint,
+    load_weights,
+    read_text,
+    save_checkpoint,
+    save_weights,
+    write_atomic,
+    write_json,
+)
+from plumbing.loading import EpochBatches, StepSampler, training_loader
+from plumbing.process import check_memory, end_with_parent, lock
+from plumbing.seeds import (
+    DROP_PATH,
+    MASK,
+    NEGATIVE,
+    PICTURE,
+    PROMPT,
+    STEP,
+    WEIGHTS,
+    rank_noise,
+    rng_of,
+    seed_all,
+    seed_of,
+)
 
-# --------------------------------------------------------------------------------------- process group and devices
+# -------------------------------------------------------------------------------- ranks and devices
 
-
-# The longest that ranks wait for one another. While rank 0 alone re-ranks a large gallery
-# (MSMT17: a quarter of an hour), the others wait for it; NCCL's own limit is 10 minutes.
-# The price: a rank that hangs is noticed this late.
+# The longest that ranks wait for one another; NCCL's own limit is 10 minutes. Rank 0 alone re-ranks
+# a large gallery (MSMT17) for a quarter of an hour. A rank that hangs is noticed this late.
 RANKS_WAIT = timedelta(hours=1)
 
 
+class Ranks(NamedTuple):
+    """Which of how many processes this is, and where it computes."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+
 def start_ranks(device="auto", precision="auto"):
-    """Join torchrun's process group if any; NCCL on CUDA, gloo else. → (rank, world, device)
+    """Join torchrun's process group if there is one; NCCL on CUDA, gloo on the CPU. → Ranks
 
     On a GPU float32 is float32, in convolutions and LSTMs too: no TF32, which has 10 bits of
     mantissa and which torch allows in these two by default. For speed there is bf16 (see autocast).
@@ -52,7 +86,9 @@ def start_ranks(device="auto", precision="auto"):
         # With its device given, NCCL connects the ranks now, not inside the first step.
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=RANKS_WAIT, device_id=own)
-    return rank, world, device
+        atexit.register(dist.destroy_process_group)
+        end_with_parent()
+    return Ranks(rank, world, device)
 
 
 def start_gpu(local, precision):
@@ -94,109 +130,69 @@ def barrier():
 
 
 def distributed(model, device):
-    """`model`, or with several ranks a wrapper to call in its place: gradients become the mean over ranks."""
+    """`model`, or with several ranks a wrapper to call: gradients become the mean over ranks."""
     if not dist.is_initialized():
         return model
     ids = [device.index] if device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
 
 
-def rank_share(n, rank, world):
-    """Which of n things this rank evaluates: consecutive ones, so that gather_rows gives them back in order."""
-    return np.array_split(np.arange(n), world)[rank]
+def rank_share(n, ranks):
+    """Which of n things this rank evaluates: neighbours, so that gather_rows keeps their order."""
+    return np.array_split(np.arange(n), ranks.world)[ranks.rank]
 
 
-def gather_rows(rows, world):
-    """Python objects of all ranks, as one flat list on every rank, in rank order. For evaluation, not for gradients."""
-    if world == 1:
+def gather_rows(rows, ranks):
+    """Python objects of all ranks as one flat list, in rank order. For evaluation only."""
+    if ranks.world == 1:
         return list(rows)
-    parts = [None] * world
+    parts = [None] * ranks.world
     dist.all_gather_object(parts, list(rows))
     return [row for part in parts for row in part]
 
 
-# ------------------------------------------------------------------------------------------------ seeds and schedule
+# ----------------------------------------------------------------------------------------- schedule
 
 
-# What random numbers are for. Every key begins with one of these, so that no two purposes share their numbers.
-WEIGHTS, ORDER, SAMPLE, FLIP, CROP, STEP, MASK, DROP_PATH, NEGATIVE = range(1, 10)
-PROMPT, PICTURE, WORDING, BAD_BOX, POSE, PERSON, SCENE, CAMERA = range(11, 19)  # generate.py
-
-
-def seed_of(purpose, *key):
-    """A 63-bit seed from a purpose and whole numbers below 2⁶⁴, e.g. (SAMPLE, seed, epoch, index).
-
-    Equal keys, equal seeds; different keys give unrelated seeds.
-    """
-    words = [word for k in (purpose, *map(int, key)) for word in (k & 0xFFFFFFFF, k >> 32 & 0xFFFFFFFF)]
-    # SeedSequence takes [a] and [a, 0] for the same: the 1 at the end keeps them apart.
-    return int(np.random.SeedSequence([*words, 1]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def rng_of(*key):
-    """NumPy's generator for a key of seed_of."""
-    return np.random.default_rng(seed_of(*key))
-
-
-def seed_all(*key):
-    """Seed Python's `random`, NumPy and torch (on the CPU) from a key of seed_of.
-
-    What is random on a GPU takes a generator of its own. torch.manual_seed would also prepare seeds for every kind of
-    device, which in a loader's worker took as long as decoding a picture.
-    """
-    seed = seed_of(*key)
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)
-
-
-def generator_of(*key, device="cpu"):
-    return torch.Generator(device=device).manual_seed(seed_of(*key))
-
-
-def rank_rows(world_rows, rank, world):
-    """This rank's slice of something made for the whole global batch: first dimension ÷ world, in rank order."""
-    n = len(world_rows) // world
-    return world_rows[rank * n : (rank + 1) * n]
-
-
-def rank_noise(key, batch, columns, rank, world, device):
-    """This rank's rows of (batch, columns) uniform numbers drawn for the global batch: f(key), for any world size.
-
-    Drawn on the device, so that none waits for them: another kind of GPU draws other numbers.
-    """
-    noise = torch.rand(batch, columns, generator=generator_of(*key, device=device), device=device)
-    return rank_rows(noise, rank, world)
-
-
-def learning_rate(step, total, warmup, peak, floor=0.0, kind="cosine", milestones=()):
-    """Learning rate of `step` (0-based) of `total`: linear warm-up that is never 0, then cosine or step decay.
-
-    kind "cosine": from `peak` towards `floor` after the last step. kind "step": × 0.1 at each milestone (step number).
-    """
+def learning_rate(step, total, warmup, peak, floor=0.0):
+    """Rate of `step` (0-based) of `total`: linear warm-up, never 0, then cosine to `floor`."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    if kind == "step":
-        return peak * 0.1 ** sum(step >= m for m in milestones)
     progress = (step - warmup) / max(1, total - warmup)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def parameter_groups(model, weight_decay, layer_decay=1.0, layer_of=None, n_layers=0):
-    """AdamW groups: no decay on 1-D parameters, tokens and positions; lr_scale = layer_decay^(n_layers − layer).
+def stepwise_rate(step, warmup, peak, milestones):
+    """The same warm-up, then a tenth at each milestone (step numbers)."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.1 ** sum(step >= milestone for milestone in milestones)
 
-    layer_of(name) → 0 (embeddings) .. n_layers (the rest). Frozen parameters are left out.
+
+def parameter_groups(model, weight_decay, layer_decay=1.0, depth=0):
+    """AdamW groups: no weight decay on 1-D parameters, tokens and positions.
+
+    lr_scale = layer_decay^(depth + 1 − layer); depth: of the encoder, where layer_decay is not 1.
+    Frozen parameters are left out.
     """
     groups = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         plain = parameter.ndim <= 1 or name.rsplit(".", 1)[-1].endswith(("token", "pos_embed"))
-        scale = layer_decay ** (n_layers - layer_of(name)) if layer_of else 1.0
+        scale = layer_decay ** (depth + 1 - layer_of(name, depth)) if depth else 1.0
         group = groups.setdefault((plain, scale), {"params": [], "lr_scale": scale})
         group["weight_decay"] = 0.0 if plain else weight_decay
         group["params"].append(parameter)
     return list(groups.values())
+
+
+def layer_of(name, depth):
+    """Layer of a parameter [ViTPose, MAE]: embeddings 0, block i is i + 1, the rest depth + 1."""
+    block = re.search(r"\bblocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    return 0 if re.search(r"\b(patch_embed|cls_token|pose_token|pos_embed)\b", name) else depth + 1
 
 
 def set_learning_rate(optimizer, lr):
@@ -204,218 +200,199 @@ def set_learning_rate(optimizer, lr):
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-# ------------------------------------------------------------------------------------------- run folder, checkpoints
+# --------------------------------------------------------------------------------------- run folder
 
 
-def open_run(cfg, keys, rank=0):
-    """Make or re-enter the run folder `cfg.out`. → "new", "resume" or "finished".
+def open_run(cfg, keys, ranks):
+    """Make or re-enter the run folder `cfg.out`, for this process alone.
 
-    Never overwrites: a folder with another config, or with other things in it, is an error that says what differs.
-    Only rank 0 writes; call it before anything else is written.
+    → "new", "resume" or "finished".
+    Never overwrites: a folder with another config, with other things in it, or in use by another
+    run is an error that says so. Only rank 0 writes; call it before anything else is written.
     """
+    state = None
+    if ranks.rank == 0:
+        look_into(cfg, keys)  # before anything is made
+        out = Path(cfg.out)
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out)
+        state = look_into(cfg, keys)  # another run may have been first
+        for part in out.glob(".*.part"):  # what a kill left behind, see write_atomic
+            part.unlink()
+        if state == "new":
+            values = {name: getattr(cfg, name) for name in keys}
+            text = yaml.safe_dump(values, sort_keys=False)
+            write_atomic(out / "config.yaml", lambda part: part.write_text(text))
+        if state == "finished":
+            print(f"{out} is finished already")
+    if ranks.world > 1:
+        states = [state]
+        dist.broadcast_object_list(states, 0)
+        state = states[0]
+    errors.run_folder = cfg.out
+    return state
+
+
+def look_into(cfg, keys):
+    """What open_run says of the folder as it is now; UserError where it is not this run's."""
     if not cfg.out:
         raise UserError("out= is empty; name a run folder")
     out = Path(cfg.out)
-    values = {name: getattr(cfg, name) for name in keys}
     if (out / "config.yaml").exists():
         old = read_yaml(out / "config.yaml")
-        names = [n for n in values if n not in keys or not keys[n].free]
-        differs = [f"{n} {old.get(n)!r} -> {values[n]!r}" for n in names if old.get(n) != values[n]]
+        differs = []
+        for name, key in keys.items():
+            if not key.free and old.get(name) != getattr(cfg, name):
+                differs.append(f"{name} {old.get(name)!r} -> {getattr(cfg, name)!r}")
         if differs:
-            raise UserError(f"{out} holds a run with another config ({'; '.join(differs)}); choose another out=")
-        state = "finished" if (out / "done").exists() else "resume"
-    elif out.exists() and (not out.is_dir() or any(path.suffix != ".part" for path in out.iterdir())):
+            what = "; ".join(differs)
+            raise UserError(f"{out} holds a run with another config ({what}); choose another out=")
+        return "finished" if (out / "done").exists() else "resume"
+    if out.exists() and (not out.is_dir() or any(file.suffix != ".part" for file in out.iterdir())):
         raise UserError(f"{out} exists and is not a run of this project; choose another out=")
-    else:
-        state = "new"
-    barrier()  # every rank has looked before rank 0 writes
-    if state == "new" and rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        write_atomic(out / "config.yaml", lambda path: path.write_text(yaml.safe_dump(values, sort_keys=False)))
-    if state == "finished" and rank == 0:
-        print(f"{out} is finished already")
-    barrier()
-    return state
-
-
-def write_atomic(path, write):
-    """`write(temporary path)`, flush to disk, rename to `path`: after a kill or a full disk the old file is whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        write(temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        # torch wraps a failed write in an error of its own: then the disk is asked, while the part still fills it.
-        full = getattr(error, "errno", None) in DISK_FULL
-        full = full or not isinstance(error, OSError) and shutil.disk_usage(path.parent).free < 1 << 20
-        temporary.unlink(missing_ok=True)
-        if full:
-            raise UserError(f"disk full while writing {path}; the previous one is untouched; free space") from None
-        raise
-
-
-def save_checkpoint(path, **state):
-    """Tensors and plain Python values only, so that it loads with weights_only=True. Equal states, equal bytes."""
-    write_atomic(path, lambda part: torch.save(canonical(state), part))
-
-
-def write_json(path, value, indent=1):
-    write_atomic(path, lambda part: part.write_text(json.dumps(value, indent=indent) + "\n"))
-
-
-def canonical(value):
-    """The same value in new containers with interned text: pickle writes shared objects differently from equal ones."""
-    if isinstance(value, dict):
-        return {canonical(k): canonical(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(canonical(v) for v in value)
-    return sys.intern(value) if isinstance(value, str) else value
-
-
-def load_checkpoint(path):
-    """Read a .pt/.pth (weights_only: a stranger's pickle never runs code) or .safetensors file onto the CPU."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # MAE and HAP store their arguments beside
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch, zipfile, pickle and safetensors each raise their own kinds
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{path} is cut short, damaged or holds more than tensors: {reason}") from None
+    return "new"
 
 
 def resume(path, model, optimizer):
-    """Load last.pt, if the run has one yet, into model and optimiser. → what else it holds, at least `step`."""
+    """Load last.pt, if there is one yet, into model and optimiser. → the rest of it, as `step`."""
     if not Path(path).exists():
         return {"step": 0}
     state = load_checkpoint(path)
-    if not {"model", "optimizer", "step"} <= set(state):
-        raise UserError(f"{path} is not a checkpoint of this stage; delete it to start the run anew")
-    load_weights(model, state.pop("model"), path)
-    optimizer.load_state_dict(state.pop("optimizer"))
+    with errors.reading(path, "this run's checkpoint; delete it to begin the run anew"):
+        load_weights(model, state.pop("model"), path)
+        optimizer.load_state_dict(state.pop("optimizer"))
+        state["step"] = int(state["step"])
     return state
 
 
-def load_weights(module, state, path):
-    """Strict load_state_dict with one clear line instead of torch's page."""
-    own = module.state_dict()
-    for name in sorted(set(own) | set(state)):
-        if name not in state or name not in own:
-            raise UserError(f"{path}: weight {name} is {'missing' if name not in state else 'not of this model'}")
-        if own[name].shape != state[name].shape:
-            raise UserError(f"{path}: {name} has shape {tuple(state[name].shape)}, model {tuple(own[name].shape)}")
-    module.load_state_dict(state)
+# ---------------------------------------------------------------------------------------------- log
 
 
-def save_encoder(path, module, **meta):
-    """Weights only, plain names; `meta` tells a fork the size and input of the encoder.
+class StepLog:
+    """log.jsonl, a JSON line per logged step for programs, and a progress bar for people.
 
-    The metadata is one JSON text: safetensors writes several entries in an order of its own, never the same bytes.
-    """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    text = json.dumps({name: str(value) for name, value in meta.items()})
-    # Written by us, not by save_file: its files are for their owner alone.
-    write_atomic(path, lambda part: part.write_bytes(to_safetensors(tensors, metadata={"encoder": text})))
-
-
-# --------------------------------------------------------------------------------------------------------------- log
-
-
-class Log:
-    """log.jsonl (one JSON line per logged step, for programs) and a progress bar on stderr (for people), rank 0 only.
-
-    On resume, lines after `step` (written after the last checkpoint, before the kill) are dropped.
+    record(…) takes a step's figures while they are still on the device and writes those of the step
+    before, so that no step waits; flush() writes what is still on its way. Rank 0 writes, all ranks
+    call. Ctrl-C and SIGTERM are noticed here: the ranks agree on the step after which they stop.
     """
 
-    def __init__(self, out, total, step, rank, title):
-        self.file, self.bar, self.rank = None, None, rank
-        self.last = (time.perf_counter(), step)
-        if rank:
-            return
-        path = Path(out) / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= step]
-        write_atomic(path, lambda part: part.write_text("".join(line + "\n" for line in kept)))
-        self.file = open(path, "a", encoding="utf-8")
-        self.bar = tqdm(total=total, initial=step, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0)
+    def __init__(self, cfg, ranks, dataset, batches, first, total):
+        """dataset.name(index) names a sample; batches.size: of all ranks; steps first … total−1."""
+        self.ranks, self.dataset, self.batch, self.total = ranks, dataset, batches.size, total
+        self.every, self.save_every = cfg.log_every, cfg.save_every
+        self.pending, self.file, self.bar = None, None, None
+        self.stopping = False
+        self.last = (time.perf_counter(), first)
+        if ranks.rank == 0:
+            self.file = open_log(Path(cfg.out) / "log.jsonl", first)
+            about = dict(total=total, initial=first, desc=Path(sys.argv[0]).stem, unit="step")
+            self.bar = tqdm(**about, dynamic_ncols=True, mininterval=1.0)
+        if first:
+            self.say(f"continues after step {first} of {total}")
+        self.signals = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.signals[number] = signal.signal(number, self.ask)
 
-    def advance(self):
+    def ask(self, number, frame):
+        """The first signal asks for a stop after the next save; a second one stops at once."""
+        if errors.asked:
+            raise KeyboardInterrupt
+        errors.asked = number
+
+    def record(self, step, lr, values, index, bad):
+        """The figures of step `step` (0-based). Writes those of the step before.
+
+        values: name → 0-d tensor on the device; those before "grad_norm" also stand beside the bar.
+        index: this rank's sample ids. bad (B,) bool tensor: samples whose output is not finite.
+        """
+        self.flush()
+        own = [value.detach().float() for value in values.values()]
+        own = torch.stack([*own, own[0].new_full((), 0.0 if errors.asked else 1.0)])[None]
+        ranks = own
+        if self.ranks.world > 1:
+            ranks = own.new_empty(self.ranks.world, own.shape[1])
+            dist.all_gather_into_tensor(ranks, own)
+        copied = torch.cuda.Event() if own.is_cuda else None
+        figures = ranks.to("cpu", non_blocking=True), bad.to("cpu", non_blocking=True)
+        if copied:
+            copied.record()
+        self.pending = (step, lr, list(values), index, figures, copied, time.perf_counter())
         if self.bar is not None:
             self.bar.update(1)
 
-    def rate(self, now, step, batch):
-        """Pictures per second since the last call; `now`: when `step` ended, seconds of perf_counter."""
-        (then, before), self.last = self.last, (now, step)
-        return batch * (step - before) / max(now - then, 1e-9)
+    def flush(self):
+        """Write the figures of the last recorded step, if that is not done yet.
+
+        A figure that is not finite stops all ranks, with step, ranks and this rank's pictures; the
+        last checkpoint stays. So call this before saving.
+        """
+        if self.pending is None:
+            return
+        (step, lr, names, index, (ranks, bad), copied, when), self.pending = self.pending, None
+        if copied:
+            copied.synchronize()
+        finite = ranks.isfinite().all(1)
+        if not finite.all():
+            odd = (~finite).nonzero().flatten().tolist()
+            rows = bad.nonzero().flatten().tolist() or range(len(index))
+            pictures = [self.dataset.name(int(index[i])) for i in rows]
+            more = f" and {len(pictures) - 8} more" if len(pictures) > 8 else ""
+            raise UserError(
+                f"non-finite loss or gradient at step {step} on rank(s) {odd}; this rank's "
+                f"pictures: {', '.join(pictures[:8])}{more}; the last checkpoint stays; lower the "
+                "learning rate or look at them"
+            )
+        self.stopping = not ranks[:, -1].all()
+        if step % self.every == 0:
+            row = dict(zip(names, ranks[:, :-1].mean(0).tolist()))
+            (then, before), self.last = self.last, (when, step + 1)
+            row["pictures_per_s"] = self.batch * (step + 1 - before) / max(when - then, 1e-9)
+            shown = names[: names.index("grad_norm")] if "grad_norm" in names else names
+            self.write(step=step + 1, lr=lr, **row, shown=(*shown, "pictures_per_s"))
+
+    def saves(self, step):
+        """Is a checkpoint due after this step? Every save_every, at the end, and before a stop."""
+        return self.stopping or step + 1 == self.total or (step + 1) % self.save_every == 0
+
+    def stop_if_asked(self, step):
+        """After a checkpoint: leave, if a signal asked for it."""
+        if self.stopping and step + 1 < self.total:
+            self.close()
+            done = f"stopped after step {step + 1} of {self.total}, which is saved"
+            raise Stopped(errors.asked or signal.SIGTERM, f"{done}; the same command goes on")
 
     def write(self, shown=(), **row):
         """One line; the names in `shown` also stand beside the progress bar."""
         if self.file is None:
             return
-        self.file.write(
-            json.dumps({k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}) + "\n"
-        )
+        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         self.bar.set_postfix({name: f"{row[name]:.4g}" for name in shown}, refresh=False)
 
     def say(self, text):
-        if self.rank == 0:
-            tqdm.write(text, file=sys.stderr)
+        if self.ranks.rank == 0:
+            with contextlib.suppress(BrokenPipeError):
+                tqdm.write(text, file=sys.stderr)
 
     def close(self):
+        """End of the loop: signals mean again what they meant before."""
+        for number, handler in self.signals.items():
+            signal.signal(number, handler)
+        self.signals = {}
         if self.file is not None:
-            self.file.close()
             self.bar.close()
 
 
-class Figures:
-    """One step's figures of all ranks, on their way to the host while the device goes on with the next step.
-
-    values: name → 0-d tensor on the device. index: sample ids of this rank. bad (B,) bool tensor: samples whose output
-    is not finite. Made right after the step; `settle` reads it one step later, so that no step waits for the device.
-    """
-
-    def __init__(self, step, lr, values, index, bad):
-        self.step, self.lr, self.names, self.index = step, lr, list(values), index
-        self.time = time.perf_counter()
-        own = torch.stack([value.detach().float() for value in values.values()])[None]
-        ranks = own
-        if dist.is_initialized():
-            ranks = own.new_empty(dist.get_world_size(), own.shape[1])
-            dist.all_gather_into_tensor(ranks, own)
-        self.ranks, self.bad = ranks.to("cpu", non_blocking=True), bad.to("cpu", non_blocking=True)
-        self.copied = torch.cuda.Event() if own.is_cuda else None
-        if self.copied:
-            self.copied.record()
-
-
-def settle(figures, log, name_of, batch, every, shown):
-    """Check and log the figures of an earlier step (None: nothing to do).
-
-    A non-finite figure stops all ranks, with step, ranks and this rank's pictures; the last checkpoint stays.
-    name_of(index) names a sample; batch: global batch, for the speed; every: steps between log lines.
-    """
-    if figures is None:
-        return
-    if figures.copied:
-        figures.copied.synchronize()
-    finite = figures.ranks.isfinite().all(1)
-    if not finite.all():
-        ranks = (~finite).nonzero().flatten().tolist()
-        bad = figures.bad.nonzero().flatten().tolist() or range(len(figures.index))
-        names = [name_of(int(figures.index[i])) for i in bad]
-        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-        raise UserError(
-            f"non-finite loss or gradient at step {figures.step} on rank(s) {ranks}; this rank's pictures: "
-            f"{', '.join(names[:8])}{more}; the last checkpoint stays; lower the learning rate or look at them"
-        )
-    if figures.step % every == 0:
-        row = dict(zip(figures.names, figures.ranks.mean(0).tolist()))
-        row["pictures_per_s"] = log.rate(figures.time, figures.step + 1, batch)
-        log.write(step=figures.step + 1, lr=figures.lr, **row, shown=(*shown, "pictures_per_s"))
+def open_log(path, first):
+    """The log, open to go on after step `first`. Later and broken lines are dropped."""
+    kept = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                if row["step"] <= first and not row.get("final"):
+                    kept.append(line + b"\n")
+    write_atomic(path, lambda part: part.write_bytes(b"".join(kept)))
+    return open(path, "a", encoding="utf-8")

@@ -1,286 +1,57 @@
-"""Pictures of people: joint names, picture files, crops and augmentation. coco.py reads who stands in them.
+"""Pre-training data: augmented pictures of people, part-guided masks, who shares a batch.
 
-Legend: B pictures on this rank · N annotated people · K joints · H, W picture.
-Frame: `*_px` coordinates count pixels with centres at whole numbers (COCO's frame); boxes are x, y, w, h in px.
+Legend: B pictures on this rank · N patches of a mask, or annotated people · P pictures of a pose in
+a batch · S batches in an epoch · H, W picture · h, w grid of patches.
+Frame: keypoints in px with pixel centres at whole numbers (COCO's frame), third column 0 = missing;
+boxes and regions are x, y, w, h in px. Masks are bool (B, N), True = masked.
 A sample is a function of (seed, epoch, index) alone: worker count and world size change nothing.
 """
 
-import contextlib
-import hashlib
-import json
-import os
-import re
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from PIL import Image
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
-from common import CROP, FLIP, SAMPLE, gather_rows, rank_share, seed_all, write_json
-from masks import PARTS, part_guided_mask  # noqa: F401  data.part_guided_mask is its public name
-from plumbing.config import UserError
+from formats.joints import COCO_JOINTS, flip_ids, to_coco17
+from plumbing.errors import UserError
+from plumbing.loading import StepSampler
+from plumbing.pictures import load_picture
+from plumbing.seeds import CROP, FLIP, ORDER, SAMPLE, rng_of, seed_all
 
-COCO_JOINTS = (
-    "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow right_elbow left_wrist "
-    "right_wrist left_hip right_hip left_knee right_knee left_ankle right_ankle"
-).split()
-COCO_LINKS = "16-14 14-12 17-15 15-13 12-13 6-12 7-13 6-7 6-8 7-9 8-10 9-11 2-3 1-2 1-3 2-4 3-5 4-6 5-7"  # 1-based
-COCO_CATEGORY = dict(id=1, name="person", supercategory="person", keypoints=COCO_JOINTS)
-COCO_CATEGORY["skeleton"] = [[int(joint) for joint in link.split("-")] for link in COCO_LINKS.split()]
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # [MAE] [HAP]
-BYTE_MEAN, BYTE_STD = ((torch.tensor(v) * 255).tolist() for v in (IMAGENET_MEAN, IMAGENET_STD))
+# ----------------------------------------------------------------------------------------- pictures
 
-
-def normalize(pictures):
-    """uint8 (B, 3, H, W) → float32, ImageNet mean 0 and standard deviation 1. Runs on the pictures' device."""
-    # In place: fresh memory for each of the three results took 20 × as long on a CPU.
-    pixels = pictures.to(torch.float32, copy=True)
-    # Numbers, not a tensor of three, which would be copied to the GPU, and the host would wait.
-    for channel, mean, std in zip(pixels.unbind(1), BYTE_MEAN, BYTE_STD):
-        channel.sub_(mean).div_(std)
-    return pixels
+# [StableRep]; the paper: stronger augmentation narrows the gap between real and generated.
+JITTER = v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8)
+BLUR = v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], p=0.5)
+STRONG = v2.Compose([JITTER, v2.RandomGrayscale(0.2), BLUR])
 
 
-# ------------------------------------------------------------------------------------------------- joints and files
+class Augmentation(NamedTuple):
+    """What a loader does to a person's box. Defaults: [HAP], ours where nobody says."""
 
-
-SIDE, LIMB_JOINT = "(left|right|l|r)", "(eye|ear|shoulder|elbow|wrist|hip|knee|ankle)"
-
-
-def joint_name(name):
-    """A joint's name in COCO's spelling: "leftShoulder", "LShoulder", "Lshoulder", "l_shoulder",
-    "Left Shoulder" and "shoulder_left" are "left_shoulder". Others: lower case, underscores."""
-    name = re.sub("(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name)
-    name = re.sub(r"[\W_]+", "_", name.lower()).strip("_")
-    found = re.fullmatch(f"{SIDE}_?{LIMB_JOINT}|{LIMB_JOINT}_?{SIDE}", name)
-    if not found:
-        return name
-    side, joint = found[1] or found[4], found[2] or found[3]
-    return {"l": "left", "r": "right"}[side[0]] + "_" + joint
-
-
-def recognised(joints):
-    """→ how many of COCO's 17 joints a joint set names, and how many of the six body parts that
-    guide masks have a link between two of them."""
-    ids = {j for j, name in enumerate(COCO_JOINTS) if name in joints}
-    return len(ids), sum(any(ids.issuperset(link) for link in part) for part in PARTS)
-
-
-def flip_ids(joints):
-    """Joint ids after a mirror: "left_x" ↔ "right_x" by name, else "l_x" ↔ "r_x" or "x_l" ↔ "x_r"; others stay."""
-    swap, ids = {"left": "right", "right": "left", "l": "r", "r": "l"}, []
-    for i, name in enumerate(joints):
-        mirrored = (re.sub(side, lambda found: swap[found[0]], name) for side in ("left|right", "^[lr]", "[lr]$"))
-        ids.append(next((joints.index(other) for other in mirrored if other != name and other in joints), i))
-    return ids
-
-
-def to_coco17(keypoints, joints):
-    """(N, K, 3) of any joint set → (N, 17, 3) by joint name; joints the set lacks are missing (all zero)."""
-    if list(joints) == COCO_JOINTS:
-        return keypoints
-    out = np.zeros((len(keypoints), 17, 3), np.float32)
-    for j, name in enumerate(COCO_JOINTS):
-        if name in joints:
-            out[:, j] = keypoints[:, joints.index(name)]
-    return out
-
-
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers of the segment that holds a JPEG's size
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises for bad pictures
-
-
-def picture_names(folder, below=False):
-    """Sorted names of the picture files in a folder (below: and its folders); UserError where there are none."""
-    if not Path(folder).is_dir():
-        raise UserError(f"no folder {folder}; check the keys that name folders")
-    paths = Path(folder).rglob("*") if below else Path(folder).iterdir()
-    names = sorted(str(path.relative_to(folder)) for path in paths if path.suffix.lower() in PICTURES)
-    if not names:
-        raise UserError(f"{folder} holds no pictures ({', '.join(PICTURES)})")
-    return names
-
-
-def pictures_at(path):
-    """A folder of pictures, or one picture → (folder, sorted names of the pictures below it)."""
-    if Path(path).is_file() and Path(path).suffix.lower() in PICTURES:
-        return str(Path(path).parent), [Path(path).name]
-    return str(path), picture_names(path, below=True)
-
-
-def read_json(path):
-    """Any JSON file; one clear line where it is none."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {path} as JSON: {error}") from None
-
-
-def as_bytes(folder, names):
-    """File names below `folder` → (N,) bytes; UserError for one that is no UTF-8: no list could hold it."""
-    try:
-        return np.array([name.encode() for name in names], dtype=np.bytes_)
-    except UnicodeEncodeError as error:
-        raise UserError(f"{os.path.join(folder, error.object)!r}: this name is not UTF-8; rename the file") from None
-
-
-def refuse_bad_pictures(folder, files, source=None):
-    """UserError names the first missing or damaged picture. See find_bad_pictures."""
-    bad = find_bad_pictures(folder, files, source=source)
-    if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(f"{os.path.join(folder, bad[0][0])} is {bad[0][1]}{more}; mend or remove it")
-
-
-def find_bad_pictures(folder, files, sizes=None, source=None):
-    """[(name, reason)] of missing, empty or truncated pictures; with sizes (N, 2) also of those of another w, h.
-
-    files: (N,) bytes, paths below `folder`; each is looked at once. All ranks call this: they share
-    the work (machines hold the same pictures), and each gets the whole list.
-    source: the file that names the pictures. Where its folder can be written, `.NAME.checked.json`
-    there keeps what was found: until `source` has another size or time, a start looks again only at
-    pictures that were bad. One that goes bad later is named when it is loaded.
-    """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    rows = {}  # name → its first row
-    for row, name in enumerate(files.tolist()):
-        rows.setdefault(name, row)
-    memory = read_memory(source) if source else {"checked": {}}
-    about = os.path.realpath(folder).encode() + files.tobytes()
-    about += b"" if sizes is None else sizes.tobytes()
-    key = hashlib.sha256(about).hexdigest()
-    # Rank 0's memory counts, so that all share out the same pictures.
-    known = gather_rows([memory["checked"].get(key)], world)[0]
-    names = [name for name in rows if known is None or name.decode() in known]
-
-    def look(names):
-        faults = []
-        for name in names:
-            size = None if sizes is None else tuple(sizes[rows[name]].tolist())
-            faults.append((name.decode(), picture_fault(os.path.join(folder, name.decode()), size)))
-        return [(name, reason) for name, reason in faults if reason]
-
-    own = [names[i] for i in rank_share(len(names), rank, world)]
-    with ThreadPoolExecutor(16) as pool:  # pictures not in the cache wait for the disk together
-        parts = list(pool.map(look, (own[i : i + 256] for i in range(0, len(own), 256))))
-    bad = gather_rows([fault for part in parts for fault in part], world)
-    if source and rank == 0 and known is None:
-        memory["checked"][key] = [name for name, _ in bad]
-        # Where it cannot be written, the next start looks at all of them again.
-        with contextlib.suppress(OSError, UserError):
-            write_json(memory_path(source), memory)
-    return bad
-
-
-def memory_path(source):
-    return Path(source).with_name(f".{Path(source).name}.checked.json")
-
-
-def read_memory(source):
-    """What earlier starts found in the pictures of `source`; nothing if the file has changed.
-
-    → {"bytes", "time_ns": of source, "checked": {key of pictures and folder: names of bad ones}}.
-    """
-    about = os.stat(source)
-    fresh = {"bytes": about.st_size, "time_ns": about.st_mtime_ns, "checked": {}}
-    try:
-        old = json.loads(memory_path(source).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return fresh
-    return old if isinstance(old, dict) and fresh == old | {"checked": {}} else fresh
-
-
-def picture_fault(path, size=None):
-    """What is wrong with a picture file, or None. size: (w, h) it must have.
-
-    Only the file's first and last bytes are looked at, which takes 6 µs; what they leave in doubt goes to Pillow.
-    """
-    try:
-        with open(path, "rb", buffering=0) as file:
-            head = file.read(4096)
-            if not head:
-                return "empty"
-            tail = head[-12:]
-            if len(head) == 4096:
-                file.seek(-12, 2)
-                tail = file.read()
-            whole = tail.endswith(b"\xff\xd9") or b"IEND" in tail  # the end of a JPEG or a PNG
-            w, h = header_size(head)
-            if whole and 0 < w * h <= Image.MAX_IMAGE_PIXELS and size in (None, (w, h)):
-                return None
-            file.seek(0)
-            picture = Image.open(file)
-            if not whole:
-                picture.load()
-            return None if size in (None, picture.size) else f"{picture.size} but its annotation says {size}"
-    except FileNotFoundError:
-        return "missing"
-    except UNREADABLE as error:
-        return f"damaged or truncated ({error})"
-
-
-def header_size(head):
-    """(w, h) px from the first bytes of a PNG or JPEG, else (0, 0): 1 µs, where Image.open takes 20."""
-    if head.startswith(b"\x89PNG\r\n\x1a\n") and head[12:16] == b"IHDR":
-        return int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big")
-    at = 2 if head.startswith(b"\xff\xd8") else len(head)
-    while at + 9 <= len(head) and head[at] == 0xFF:
-        if head[at + 1] in JPEG_FRAMES:
-            return head[at + 7] << 8 | head[at + 8], head[at + 5] << 8 | head[at + 6]
-        at += 2 + (head[at + 2] << 8 | head[at + 3])
-    return 0, 0
-
-
-def load_picture(folder, name, size=None):
-    """RGB PIL picture; UserError names a file that is missing, damaged or of another size than its annotation says."""
-    path = os.path.join(folder, name.decode() if isinstance(name, bytes) else name)
-    try:
-        picture = Image.open(path)
-        if picture.mode.startswith("I"):  # 16 bits of grey: Pillow's own conversion makes all of them white
-            picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-        picture = picture if picture.mode == "RGB" else picture.convert("RGB")
-        picture.load()
-    except UNREADABLE as error:
-        raise UserError(f"cannot read picture {path}: {error}") from None
-    if size is not None and picture.size != tuple(size):
-        raise UserError(f"{path} is {picture.size} but its annotation says {tuple(int(s) for s in size)}")
-    return picture
-
-
-# ------------------------------------------------------------------------------------------- pre-training pictures
-
-STRONG = v2.Compose(  # [StableRep]; the paper: stronger augmentation narrows the gap between real and generated
-    [
-        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        v2.RandomGrayscale(0.2),
-        v2.RandomApply([v2.GaussianBlur(9, (0.1, 2.0))], p=0.5),
-    ]
-)
+    box_padding: float = 1.25  # the box grows by this before it is cropped
+    region: str = "grow"  # a region that no crop of the wanted ratio could hold grows; or "box"
+    crop_min: float = 0.8  # [HAP] smallest share of the region's area in a crop
+    strong: bool = False  # [StableRep]'s jitter, grey and blur on top
+    # What all pictures of a pose draw together, anew in each epoch: the "flip", because a mirrored
+    # pose is another pose; "crop": flip and crop; or "nothing".
+    shared: str = "flip"
 
 
 class PretrainPictures(Dataset):
-    """Item (epoch, index) → picture uint8 (3, H, W), keypoints (17, 3) px of that picture, pose_id, index.
+    """Item (epoch, index) → image uint8 (3, H, W), keypoints (17, 3) px of it, pose_id, index.
 
-    `people`: one People per annotation file; indices run through them in order; pose ids of different
-    files differ. A person's region is the box × box_padding; region="grow" widens or heightens it where
-    no crop of the wanted ratio could hold it.
-    Augmentation [HAP]: RandomResizedCrop with shares crop_min to 1 of the region's area, ratio w/h 3/4 to
-    4/3 of the input's, bicubic; flip .5. "strong" adds [StableRep]'s jitter, grey and blur.
-    shared: what is drawn once for all pictures of a pose, anew in each epoch: "flip", because a mirrored
-    pose is another pose; "crop": flip and crop; or "nothing", as for pictures without a pose group.
+    `people`: one People per annotation file; indices run through them in order; pose ids of
+    different files differ. A person's region is the padded box. RandomResizedCrop [HAP]: shares
+    crop_min to 1 of the region's area, ratio w/h 3/4 to 4/3 of the input's, bicubic; flip .5.
     """
 
-    def __init__(
-        self, people, size, seed, box_padding=1.25, region="grow", crop_min=0.8, augmentation="hap", shared="flip"
-    ):  # fmt: skip
-        self.people, self.size, self.seed = people, size, seed
-        self.box_padding, self.region, self.crop_min = box_padding, region, crop_min
-        self.strong, self.shared = augmentation == "strong", shared
+    def __init__(self, people, size, seed, options=Augmentation()):  # noqa: B008  a tuple
+        self.people, self.size, self.seed, self.options = people, size, seed, options
         self.starts = np.cumsum([0] + [len(p.files) for p in people])
         self.keypoints = [to_coco17(p.keypoints, p.joints) for p in people]
         self.mirror_ids = flip_ids(COCO_JOINTS)
@@ -307,16 +78,17 @@ class PretrainPictures(Dataset):
         f, row = self.where(index)
         people, pose_id = self.people[f], self.pose_id[index]
         picture = load_picture(people.folder, people.files[row], people.size[row])
-        region = padded_box(people.boxes[row], self.box_padding, people.size[row])
-        if self.region == "grow":
+        region = padded_box(people.boxes[row], self.options.box_padding, people.size[row])
+        if self.options.region == "grow":
             region = grown_region(region, self.size[1] / self.size[0], people.size[row])
-        # The pictures of a pose draw what they share from one stream, the rest from streams of their own.
+        # What the pictures of a pose share comes from one stream, the rest from their own.
         whole, single = (0, pose_id), (1, index)
-        shared = self.shared if pose_id >= 0 else "nothing"
+        shared = self.options.shared if pose_id >= 0 else "nothing"
         seed_all(FLIP, self.seed, epoch, *(single if shared == "nothing" else whole))
         mirrored = torch.rand(()) < 0.5
         seed_all(CROP, self.seed, epoch, *(whole if shared == "crop" else single))
-        left, top, cw, ch = random_crop(*region[2:], self.crop_min, self.size[1] / self.size[0])
+        shape = self.size[1] / self.size[0]
+        left, top, cw, ch = random_crop(*region[2:], self.options.crop_min, shape)
         crop = region[0] + left, region[1] + top, cw, ch
         seed_all(SAMPLE, self.seed, epoch, index)
         sample = self.augment(picture, crop, self.keypoints[f][row], mirrored)
@@ -326,35 +98,36 @@ class PretrainPictures(Dataset):
         (x, y, cw, ch), (H, W) = crop, self.size
         # Beyond the picture's edge a crop is black.
         pixels = torch.from_numpy(np.array(picture.crop((x, y, x + cw, y + ch)))).permute(2, 0, 1)
-        # deviates from HAP, whose bicubic resize does not smooth what it shrinks.
-        # torch's uint8 resize equals Pillow's up to rounding (a grey level or two) and takes a third of its time.
-        pixels = torch.nn.functional.interpolate(pixels[None], (H, W), mode="bicubic", antialias=True)[0]
+        # deviates from HAP, whose bicubic resize does not smooth what it shrinks. torch's uint8
+        # resize equals Pillow's but for a grey level or two and takes a third of its time.
+        pixels = F.interpolate(pixels[None], (H, W), mode="bicubic", antialias=True)[0]
         # Pixel centres are whole numbers, edges halves: (x + .5) scales, not x.
         xy = (keypoints[:, :2] + 0.5 - (x, y)) * (W / cw, H / ch) - 0.5
         inside = ((xy >= -0.5) & (xy < (W - 0.5, H - 0.5))).all(1)
-        # A joint that the crop cut off is missing, as in HAP: its part's patches would lie where no limb is.
+        # A joint that the crop cut off is missing [HAP]: its part would lie where no limb is.
         keypoints = np.concatenate([xy, keypoints[:, 2:]], 1).astype(np.float32) * inside[:, None]
         if mirrored:  # HAP leaves left and right ids as they are; its six parts come to the same
             pixels = pixels.flip(2)
             keypoints = keypoints[self.mirror_ids]
             keypoints[:, 0] = np.where(keypoints[:, 2] > 0, W - 1 - keypoints[:, 0], 0)
-        if self.strong:
+        if self.options.strong:
             pixels = STRONG(pixels)
         return {"image": pixels.contiguous(), "keypoints": torch.from_numpy(keypoints)}
 
 
 def padded_box(box, padding, size):
-    """Box grown by `padding` around its centre, cut to the picture, as whole px (x, y, w, h), at least 1 × 1."""
+    """Box × `padding` around its centre, cut to the picture: whole px (x, y, w, h), ≥ 1 × 1."""
     x, y, w, h = (float(v) for v in box)
     x, y, w, h = x - w * (padding - 1) / 2, y - h * (padding - 1) / 2, w * padding, h * padding
     x0, y0 = min(max(0, round(x)), int(size[0]) - 1), min(max(0, round(y)), int(size[1]) - 1)
-    return x0, y0, max(1, min(int(size[0]), round(x + w)) - x0), max(1, min(int(size[1]), round(y + h)) - y0)
+    x1, y1 = min(int(size[0]), round(x + w)), min(int(size[1]), round(y + h))
+    return x0, y0, max(1, x1 - x0), max(1, y1 - y0)
 
 
 def grown_region(region, shape, picture_size):
-    """The smallest region (x, y, w, h) px around `region` whose w/h random_crop can take whole: 3/4 to 4/3 of shape.
+    """The smallest (x, y, w, h) px around `region` whose w/h is 3/4 to 4/3 of shape.
 
-    Moved into the picture (w, h) where it fits; it hangs over the edge where the picture is too small.
+    random_crop can take it whole. Moved into the picture (w, h) where it fits, else it hangs over.
     """
     x, y, w, h = region
     grown = max(w, round(h * shape * 3 / 4)), max(h, round(w / (shape * 4 / 3)))
@@ -366,11 +139,11 @@ def grown_region(region, shape, picture_size):
 
 
 def random_crop(w, h, crop_min, shape):
-    """RandomResizedCrop's rectangle (x, y, width, height) in a region of w × h px, for an input of w/h = shape.
+    """RandomResizedCrop's rectangle (x, y, w, h) in a region of w × h px; shape: w/h of the input.
 
-    Share of the area uniform in [crop_min, 1], ratio log-uniform in [3/4, 4/3] · shape [HAP], place uniform; after 10
-    misses the largest central one that keeps the ratio. torchvision's own get_params draws the same with some twenty
-    tensor operations, which cost as much as the resize.
+    Share of the area uniform in [crop_min, 1], ratio log-uniform in [3/4, 4/3] · shape [HAP], place
+    uniform; after 10 misses the largest central one that keeps the ratio. torchvision's get_params
+    draws the same in 24 µs instead of 5.
     """
     low, high = shape * 3 / 4, shape * 4 / 3
     for _ in range(10):
@@ -382,3 +155,246 @@ def random_crop(w, h, crop_min, shape):
             return int(across * (w - cw + 1)), int(down * (h - ch + 1)), cw, ch
     cw, ch = max(1, min(w, round(h * high))), max(1, min(h, round(w / low)))
     return (w - cw) // 2, (h - ch) // 2, cw, ch
+
+
+# -------------------------------------------------------------------------------- part-guided masks
+
+# Six body parts as COCO-17 links [HAP].
+PARTS = (
+    ((0, 1), (0, 2), (1, 2), (1, 3), (2, 4)),  # head
+    ((5, 7), (7, 9)),  # left arm
+    ((6, 8), (8, 10)),  # right arm
+    ((11, 13), (13, 15)),  # left leg
+    ((12, 14), (14, 16)),  # right leg
+    ((6, 11), (5, 12)),  # torso
+)
+BLOCK_TRIES, BLOCK_PATCHES, BLOCK_ASPECT = 10, 12, 0.3  # [HAP]
+# deviates from HAP: at most so many rectangles, to draw a batch at once. HAP stops only when the
+# budget is met or a round fails: of 20,000 masks of 16 × 8 patches 3 took a 12th, none a 13th.
+BLOCK_ROUNDS = 12
+
+
+def noise_parts(grid):
+    """Uniform numbers for blocks, order of the parts, k, amounts, inside the parts, the rest."""
+    n = grid[0] * grid[1]
+    return [BLOCK_ROUNDS * BLOCK_TRIES * 4, 6, 1, 6, 6 * n, n]
+
+
+def noise_size(grid):
+    """Uniform numbers one picture's mask uses up."""
+    return sum(noise_parts(grid))
+
+
+def part_guided_mask(keypoints, grid, mask_ratio, patch_size, generator=None, noise=None):
+    """Part-guided masks [HAP], for a whole batch at once.
+
+    keypoints: (B, 17, 3) COCO-17 joints in input pixels, third column 0 = missing · grid: (h, w)
+    patches.
+    generator: where the randomness comes from, or noise: (B, noise_size(grid)) uniform numbers
+    drawn by the caller for the global batch and cut to this rank's rows, which makes masks
+    independent of the number of ranks.
+    → bool (B, h·w), True = masked, exactly round(mask_ratio · h·w) per row.
+    """
+    B, N = len(keypoints), grid[0] * grid[1]
+    if noise is None:
+        device = keypoints.device if generator is None else generator.device
+        noise = torch.rand(B, noise_size(grid), generator=generator, device=device)
+    noise = noise.to(keypoints.device)
+    n_masked = round(mask_ratio * N)
+    block, order, k, amount, within, rest = noise.split(noise_parts(grid), 1)
+
+    # Levels of the masking order: part 0..5 in this picture's shuffled order, 6 block-masked, 7 the
+    # rest.
+    level = torch.where(block_mask(block, grid, n_masked), 6, 7)
+    part = part_patches(keypoints, grid, patch_size)  # (B, 6, N)
+    size = part.sum(2)  # (B, 6) patches of each part
+    # Shuffle the parts, unusable ones last; rank of each part in that order.
+    rank = torch.where(size > 0, order, order + 1).argsort(1).argsort(1)
+    # k ~ U{0..6}. deviates from HAP's release, which draws k wrongly (always 0 soon).
+    first_k = rank < (k * 7).long()
+    # floor(n · U(0, .3)) patches of each of the first k parts.
+    chosen = (size * amount * 0.3).long() * (first_k & (size > 0))
+    # A random `chosen` of the part's patches: those whose noise is below its chosen-th smallest.
+    within = within.view(B, 6, N).masked_fill(~part, 2.0)
+    bound = within.sort(2).values.gather(2, (chosen - 1).clamp(min=0).unsqueeze(2))
+    front = (within <= bound) & (chosen > 0).unsqueeze(2)
+    level = torch.where(front, rank.unsqueeze(2), 7).amin(1).minimum(level)
+    # Mask the front of the order. Ties inside a level fall at random.
+    # deviates from HAP's release, where the order of an unstable sort decides.
+    return front_of_order(level + rest, n_masked)
+
+
+def front_of_order(score, n_masked):
+    """(B, N) scores → bool mask of the n_masked smallest of each row, exactly."""
+    mask = torch.zeros_like(score, dtype=torch.bool)
+    return mask.scatter_(1, score.argsort(1)[:, :n_masked], True)
+
+
+def random_mask(noise, mask_ratio):
+    """[MAE] noise (B, N) uniform → bool (B, N), exactly round(mask_ratio · N) True per row."""
+    return front_of_order(noise, round(mask_ratio * noise.shape[1]))
+
+
+def part_patches(keypoints, grid, patch_size):
+    """(B, 17, 3) → bool (B, 6, N): a part's patches are the rectangles that its links span."""
+    (h, w), (x, y, v) = grid, keypoints.unbind(2)
+    column = (x / patch_size).floor().long().clamp(0, w - 1)  # (B, 17)
+    row = (y / patch_size).floor().long().clamp(0, h - 1)
+    joints = torch.stack([column, row, (v > 0).long()], 2).unbind(1)  # 17 × (B, 3)
+    # One by one: an index of joint ids would be copied to the GPU, and the host would wait.
+    links = [link for part in PARTS for link in part]
+    a = torch.stack([joints[i] for i, _ in links], 1)  # (B, L, 3)
+    b = torch.stack([joints[j] for _, j in links], 1)
+    low, high = a.minimum(b), a.maximum(b)
+    valid = low[..., 2:] > 0  # a link with a missing end point is skipped
+    columns, rows = torch.arange(w, device=low.device), torch.arange(h, device=low.device)
+    across = (columns >= low[..., :1]) & (columns <= high[..., :1])  # (B, L, w)
+    down = (rows >= low[..., 1:2]) & (rows <= high[..., 1:2]) & valid  # (B, L, h)
+    patches = down.unsqueeze(3) & across.unsqueeze(2)  # (B, L, h, w)
+    parts = patches.split([len(part) for part in PARTS], 1)
+    return torch.stack([p.any(1) for p in parts], 1).flatten(2)
+
+
+def block_mask(noise, grid, budget):
+    """Block mask [HAP, after BEiT]: random rectangles, never beyond the budget. → bool (B, N); may
+    stop short.
+
+    A round draws up to 10 rectangles: area uniform between 12 patches and what is left of the
+    budget (below 12 at the end), aspect log-uniform in [.3, 1/.3], place uniform. It keeps the
+    first that is smaller than the grid in height and in width and adds between 1 and the remaining
+    budget of new patches. A round that keeps none is the last. All pictures run a round together.
+    """
+    (h, w), B = grid, len(noise)
+    noise = noise.view(B, BLOCK_ROUNDS, 4, BLOCK_TRIES)
+    mask = torch.zeros(B, h, w, dtype=torch.bool, device=noise.device)
+    going_on = torch.ones(B, 1, dtype=torch.bool, device=noise.device)
+    rows, columns = torch.arange(h, device=noise.device), torch.arange(w, device=noise.device)
+    bound = -math.log(BLOCK_ASPECT)
+    for r in range(BLOCK_ROUNDS):
+        area_u, aspect_u, top_u, left_u = noise[:, r].unbind(1)  # (B, tries) each
+        left_over = budget - mask.sum((1, 2)).unsqueeze(1)  # (B, 1)
+        area = BLOCK_PATCHES + area_u * (left_over - BLOCK_PATCHES)
+        aspect = torch.exp((2 * aspect_u - 1) * bound)
+        tall, wide = (area * aspect).sqrt().round().long(), (area / aspect).sqrt().round().long()
+        top = (top_u * (h - tall + 1).clamp(min=1)).long()
+        left = (left_u * (w - wide + 1).clamp(min=1)).long()
+        bottom, right = (top + tall).clamp(max=h), (left + wide).clamp(max=w)
+        # Patches already masked inside each rectangle, from sums over the upper left.
+        sums = F.pad(mask.int().cumsum(1).cumsum(2), (1, 0, 1, 0)).flatten(1)
+
+        def inside(y, x, sums=sums):
+            return sums.gather(1, y * (w + 1) + x)
+
+        old = inside(bottom, right) - inside(top, right) - inside(bottom, left) + inside(top, left)
+        new = tall * wide - old
+        fits = going_on & (tall < h) & (wide < w) & (new > 0) & (new <= left_over)
+        going_on = fits.any(1, keepdim=True)
+        pick = fits.int().argmax(1, keepdim=True)  # the first that fits
+        top, bottom, left, right = (v.gather(1, pick) for v in (top, bottom, left, right))
+        down = (rows >= top) & (rows < bottom) & going_on
+        mask |= down.unsqueeze(2) & ((columns >= left) & (columns < right)).unsqueeze(1)
+    return mask.flatten(1)
+
+
+def recognised(joints):
+    """Names of joints → how many are COCO's, how many of the six parts have a link of these."""
+    ids = {j for j, name in enumerate(COCO_JOINTS) if name in joints}
+    return len(ids), sum(any(ids.issuperset(link) for link in part) for part in PARTS)
+
+
+# --------------------------------------------------------------------- which pictures share a batch
+
+
+class PoseBatches(StepSampler):
+    """Which pictures share a batch: `slots` slots of P pictures each, over all ranks.
+
+    A slot holds P pictures of one pose, sampled without replacement, or P pictures without pose
+    group. A pose with n pictures fills n // P slots of an epoch; poses with fewer than P are left
+    out. With P = 1 poses are not grouped: every picture is a slot. Ranks take whole slots.
+    An epoch takes every slot once, or of each file its share: round(share · slots), spread evenly.
+    A file with fewer slots than its share goes round again in the same order, so that no picture
+    meets itself in a batch. The order is a function of (seed, epoch); the last incomplete batch of
+    an epoch is dropped.
+
+    short: pictures left out because their pose has fewer than P. posed: whether an epoch draws any
+    picture with a pose group (with gamma_mp, it must).
+
+    Raises UserError where no pose of a file has P pictures, for a share that fills no slot or would
+    put a picture twice into a batch, and when an epoch holds no full batch.
+    """
+
+    def __init__(self, dataset, batch, pictures_per_pose, shares, seed, ranks):
+        self.seed, self.ranks, self.P = seed, ranks, pictures_per_pose
+        self.size, self.slots = batch, batch // pictures_per_pose
+        if batch % (pictures_per_pose * ranks.world):
+            unit = pictures_per_pose * ranks.world
+            poses = f"poses of pictures_per_pose={self.P} on {ranks.world} rank(s)"
+            raise UserError(f"batch={batch} does not split into {poses}; take multiples of {unit}")
+        self.groups, self.singles, self.short = [], [], 0
+        for people, start in zip(dataset.people, dataset.starts):
+            grouped = people.pose_id >= 0 if self.P > 1 else np.zeros(len(people.files), bool)
+            self.groups.append(self._whole_groups(people, np.flatnonzero(grouped), start))
+            self.singles.append(np.flatnonzero(~grouped) + start)
+            self.short += int(grouped.sum()) - len(self.groups[-1][1])
+        offered = np.array([len(self.file_slots(0, f)) for f in range(len(self.groups))])
+        counts, total = offered, int(offered.sum())
+        if shares:
+            if len(shares) != len(counts) or min(shares) < 0 or sum(shares) <= 0:
+                raise UserError(
+                    f"shares={shares} must be one number ≥ 0 per annotation file ({len(counts)})"
+                )
+            ends = np.round(np.cumsum(shares) / np.sum(shares) * total).astype(int)
+            counts = np.diff(ends, prepend=0)
+        in_a_batch = np.ceil(counts * self.slots / max(total, 1)) + 1
+        at_most = np.minimum(in_a_batch, self.slots)
+        for f in np.flatnonzero(np.minimum(counts, at_most) > offered):
+            folder, n = dataset.people[f].folder, len(dataset.people[f].files)
+            raise UserError(
+                f"shares={shares} asks for {counts[f]} slots of an epoch from {folder}, whose {n} "
+                f"pictures fill {offered[f]} (pictures_per_pose={self.P}): a picture would stand "
+                "twice in a batch; lower its share or the batch"
+            )
+        drawn = [np.append(g[1], s) for n, g, s in zip(counts, self.groups, self.singles) if n]
+        self.posed = any((dataset.pose_id[indices] >= 0).any() for indices in drawn)
+        self.counts, self.steps_per_epoch = counts, total // self.slots
+        if self.steps_per_epoch == 0:
+            holds = f"the {total * self.P} pictures an epoch holds"
+            raise UserError(f"batch={batch} is larger than {holds}; lower it")
+
+    def _whole_groups(self, people, rows, start):
+        """(pose_id, index) arrays sorted by pose, only poses with ≥ P pictures."""
+        rows = rows[np.argsort(people.pose_id[rows], kind="stable")]
+        ids, counts = np.unique(people.pose_id[rows], return_counts=True)
+        if len(ids) and counts.max() < self.P:
+            raise UserError(
+                f"no pose in {people.folder} has pictures_per_pose={self.P} pictures, the most "
+                f"have {counts.max()}; lower pictures_per_pose"
+            )
+        rows = rows[np.isin(people.pose_id[rows], ids[counts >= self.P])]
+        return people.pose_id[rows], rows + start
+
+    def file_slots(self, epoch, f):
+        """All slots of a file in this epoch's order: (slots, P) picture indices."""
+        rng, singles = rng_of(ORDER, self.seed, epoch, f), self.singles[f]
+        pose, index = self.groups[f]
+        order = np.lexsort((rng.random(len(index)), pose))  # shuffled within each pose
+        _, starts, counts = np.unique(pose, return_index=True, return_counts=True)
+        place = np.arange(len(pose)) - np.repeat(starts, counts)  # of a picture in its pose
+        whole = place < np.repeat(counts // self.P * self.P, counts)
+        grouped = index[order][whole].reshape(-1, self.P)
+        loose = rng.permutation(singles)[: len(singles) // self.P * self.P].reshape(-1, self.P)
+        return rng.permutation(np.concatenate([grouped, loose]))
+
+    def epoch_slots(self, epoch):
+        """(slots, P) picture indices of one epoch: a pure function of (seed, epoch)."""
+        parts, places = [], []
+        for f, n in enumerate(self.counts.tolist()):
+            slots = self.file_slots(epoch, f)
+            parts.append(slots[np.arange(n) % max(1, len(slots))])
+            first = rng_of(ORDER, self.seed, epoch, f, 1).random()
+            places.append((np.arange(n) + first) / max(1, n))
+        return np.concatenate(parts)[np.argsort(np.concatenate(places), kind="stable")]
+
+    def epoch_batches(self, epoch):
+        S, used = self.steps_per_epoch, self.steps_per_epoch * self.slots
+        return self.epoch_slots(epoch)[:used].reshape(S, self.slots, self.P, 1)

@@ -1,22 +1,31 @@
-"""Stage 3d: text-to-image person ReID: find a person by a sentence  [HAP's simple baseline, after LGUR]
+"""Stage 3d: text-to-image person ReID. Find a person by a sentence.   [HAP's baseline, after LGUR]
 
-Inputs   CUHK-PEDES, ICFG-PEDES or RSTPReid JSON with pictures, as downloaded; an encoder of pretrain.py.
-Outputs  in `out`: metrics.json (R@1, R@5, R@10, mAP, text → image and image → text), ranking.png (captions and their
-         ten best pictures), model.safetensors, encoder.safetensors, last.pt, log.jsonl.
+    L = CE(picture) + CE(text) + L_rank
 
-  python finetune_t2i.py --cfg configs/finetune_t2i_demo.yaml
-  torchrun --nproc_per_node=2 finetune_t2i.py --cfg configs/finetune_t2i_cuhk.yaml encoder=ENCODER \\
-         captions=CUHK-PEDES/reid_raw.json images=CUHK-PEDES/imgs
-  python finetune_t2i.py weights=runs/demo/t2i_pretrained/model.safetensors predict=FOLDER \\
-         sentence="a woman in a red coat" out=OUT
+Inputs   CUHK-PEDES, ICFG-PEDES or RSTPReid JSON with pictures, as downloaded; an encoder of
+         pretrain.py, published ViT weights, or none.
+Outputs  in `out`: metrics.json (R@1, R@5, R@10, mAP, text → image and image → text), ranking.png
+         (captions and their ten best pictures), model.safetensors, encoder.safetensors
+         (fine-tuned), last.pt (everything to resume), log.jsonl, config.yaml.
 
-Picture: ViT patch tokens, max over patches. Text: frozen BERT (or learned word vectors, nothing to download) → BiLSTM,
-max over words. One projection and one identity classifier for both:  L = CE(picture) + CE(text) + L_rank.
-The last epoch is reported; HAP's code reports its best one on the test set. Its learning rates fall
-one epoch before its milestones (its scheduler steps before the first epoch), ours after them.
-Legend: B pairs on this rank · M pairs of all ranks · D width · T tokens · v, t (B, E) features of picture and text.
+  python finetune_t2i.py --cfg configs/finetune_t2i_demo.yaml                        # laptop
+  torchrun --nproc_per_node=2 finetune_t2i.py --cfg configs/finetune_t2i_cuhk.yaml \\
+         encoder=ENCODER captions=CUHK-PEDES/reid_raw.json images=CUHK-PEDES/imgs    # GPUs
+  python finetune_t2i.py weights=runs/demo/t2i_pretrained/model.safetensors \\
+         predict=FOLDER sentence="a woman in a red coat" out=OUT
+
+Picture: ViT patch tokens, maximum over the patches. Text: frozen BERT (or learned word vectors,
+nothing to download) → BiLSTM, maximum over the words. Both share one projection and one identity
+classifier. The last epoch is reported; HAP's code reports its best one on the test set. Its
+learning rates fall one epoch before its milestones (its scheduler steps before the first epoch),
+ours after them. HAP ViT-B: CUHK-PEDES 68.05 R@1, ICFG-PEDES 61.80, RSTPReid 49.35.
+Legend: B pairs on this rank · M pairs of all ranks · D width · T tokens · v, t (B, E) features of
+picture and text.
 """
 
+import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
+
+# isort: split
 import json
 import sys
 from pathlib import Path
@@ -25,58 +34,25 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
-from common import (
-    DROP_PATH,
-    NEGATIVE,
-    WEIGHTS,
-    Figures,
-    Log,
-    autocast,
-    barrier,
-    distributed,
-    gather_rows,
-    learning_rate,
-    load_checkpoint,
-    load_weights,
-    open_run,
-    rank_noise,
-    rank_share,
-    resume,
-    save_checkpoint,
-    save_encoder,
-    seed_all,
-    set_learning_rate,
-    settle,
-    start_ranks,
-    write_json,
-)
-from data import as_bytes, load_picture, normalize, pictures_at, refuse_bad_pictures
-from drawing import sheets
-from formats.weights import load_encoder, meta_of, use_meta
-from losses import no_autocast
-from model import SIZES
-from plumbing.batches import EpochBatches, training_loader
-from plumbing.config import Key, UserError, check_job, read_config, run_stage
-from tasks.captions import (
-    Bert,
-    Gallery,
-    Pairs,
-    Words,
-    pad_tokens,
-    ranking_loss,
-    read_captions,
-    retrieval_metrics,
-)
-from tasks.heads import TOKENS, feature_width, reads_pose, token_features
+import common
+from common import UserError
+from drawing import results as sheets
+from formats.captions import read_bert, read_captions, read_gallery
+from formats.weights import ENCODER, build_encoder, meta_of, take_settings
+from model import normalize
+from plumbing.config import JOB, MACHINE, Key, check_job, read_config
+from tasks.features import TOKENS, feature_width, reads_pose, token_features
+from tasks.text import Bert, Gallery, Pairs, Words, pad_tokens, ranking_loss, retrieval_metrics
 
 KEYS = dict(
     out=Key("runs/t2i", "run folder; for eval_only runs/t2i_eval, for predict runs/t2i_predict"),
     # data
-    captions=Key(None, "reid_raw.json (CUHK-PEDES), ICFG-PEDES.json or data_captions.json (RSTPReid)"),
+    captions=Key(None, "JSON of CUHK-PEDES, ICFG-PEDES or RSTPReid, as downloaded"),
     images=Key(None, "picture folder (default: imgs or images beside the JSON)"),
-    evaluate_on=Key("test", "split that is evaluated, once, after the last epoch", choices=("test", "val")),
+    evaluate_on=Key("test", "split that is evaluated, once, after the last epoch",
+                    choices=("test", "val")),
     height=Key(384, "input height", "[HAP]", low=16),
     width=Key(128, "input width", "[HAP]", low=16),
     leave_out=Key([], "ids of people not to train on", "[HAP]: three of CUHK-PEDES", of=int),
@@ -84,14 +60,10 @@ KEYS = dict(
     pad=Key(10, "black border in pixels before the random crop", "[HAP]", low=0),
     flip=Key(0.5, "probability of a mirrored training picture", "[HAP]", low=0, high=1),
     # model
-    encoder=Key(None, "encoder.safetensors of pretrain.py, or MAE, HAP, timm, torchvision weights; none = scratch"),
-    weights=Key(None, "model.safetensors of a finished run, for eval_only and predict"),
-    size=Key("base", "encoder size, where encoder= does not know it itself", "[HAP]", tuple(SIZES)),
-    patch=Key(16, "patch side in pixels, where encoder= does not know it itself", "[MAE]", low=1),
     token=Key("patch_max", "what stands for a picture", "[HAP]", TOKENS),
-    text=Key("words", "words: learned vocabulary of the training captions; bert: frozen BERT [HAP]", "ours",
-             ("words", "bert")),
-    bert=Key("google-bert/bert-base-uncased", "hub id, or a folder written by save_pretrained", "[HAP]"),
+    text=Key("words", "words: vocabulary of the training captions; bert: frozen BERT [HAP]",
+             "ours", ("words", "bert")),
+    bert=Key("google-bert/bert-base-uncased", "hub id, or a folder of save_pretrained", "[HAP]"),
     min_count=Key(2, "text=words: a word must occur this often; rarer ones teach `unknown`",
                   "[HAP], which drops the rarer ones", low=1),
     max_tokens=Key(100, "longer sentences are cut", "[HAP]", low=1),
@@ -102,85 +74,116 @@ KEYS = dict(
     batch=Key(64, "caption and picture pairs in a global batch", "[HAP]", low=2),
     lr_encoder=Key(1.0e-4, "Adam, encoder", "[HAP]", low=0),
     lr=Key(1.0e-3, "Adam, everything else", "[HAP]", low=1e-9),
-    milestones=Key([20, 40, 50], "epochs after which the rates fall to a tenth", "[HAP]", of=int, low=0),
+    milestones=Key([20, 40, 50], "epochs after which the rates fall to a tenth", "[HAP]",
+                   of=int, low=0),
     warmup_epochs=Key(0.0, "linear warm-up", "[HAP]: none", low=0),
     margin=Key(0.2, "of L_rank, in cosine", "[HAP]", low=0),
     clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[HAP]: none", low=0),
-    seed=Key(0, "seed of everything", low=0),
-    # what to do instead of training
-    eval_only=Key(False, "only evaluate weights= on captions="),
-    predict=Key(None, "only search: a folder of pictures, or one → ranking.json, ranking.png"),
+    # instead of training
     sentence=Key(None, "what to look for, with predict="),
-    # machine
-    precision=Key("auto", "fp32; bf16 autocast; auto: bf16 where hardware has it", choices=("auto", "fp32", "bf16")),
-    checkpoint_activations=Key(False, "recompute activations: less memory, more time", free=True),
-    device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
-    workers=Key(2, "loader processes per rank", low=0, free=True),
-    save_every=Key(500, "steps between checkpoints", low=1, free=True),
-    log_every=Key(10, "steps between log lines", low=1, free=True),
-)  # fmt: skip
-SHOWN = ("loss", "identity", "rank_loss")  # beside the progress bar
+) | JOB | ENCODER | MACHINE  # fmt: skip
 WORD_WIDTH = 300  # ours, of text=words: the usual width of word vectors
 
 
 def main():
     cfg = read_config(KEYS, __doc__)
-    rank, world, device = start_ranks(cfg.device, cfg.precision)
+    ranks = common.start_ranks(cfg.device, cfg.precision)
     check(cfg)
     if cfg.predict:
-        return predict(cfg, rank, world, device)
-    training = {} if cfg.eval_only else dict(leave_out=cfg.leave_out, trainval=cfg.trainval)
-    splits = read_captions(cfg.captions, cfg.images, **training)
-    for name in {"train", cfg.evaluate_on} if not cfg.eval_only else {cfg.evaluate_on}:
-        if splits[name] is None:
-            raise UserError(f"{cfg.captions} has no {name} split")
-    total, step = 0, 0
-    if not cfg.eval_only:
-        batches = EpochBatches(len(splits["train"].texts), cfg.batch, cfg.seed, rank, world)
-        total = cfg.epochs * batches.steps_per_epoch
-    seed_all(WEIGHTS, cfg.seed)  # initial weights
-    model, text, meta, sentence = build_model(cfg, splits["train"], device)
-    if open_run(cfg, KEYS, rank) == "finished":
+        return predict(cfg, ranks)
+    if cfg.eval_only:
+        return evaluate_only(cfg, ranks)
+    splits = read_splits(cfg, "train", cfg.evaluate_on)
+    split, test = splits["train"], splits[cfg.evaluate_on]
+    batches = common.EpochBatches(len(split.texts), cfg.batch, cfg.seed, ranks)
+    common.seed_all(common.WEIGHTS, cfg.seed)
+    model, text, meta, about = build_model(cfg, split, ranks.device)
+    common.check_memory(model, cfg.batch // ranks.world, ranks.device)
+    tokens = [text.tokens(sentence, cfg.max_tokens) for sentence in split.texts]
+    size = cfg.height, cfg.width
+    dataset = Pairs(split, tokens, size, cfg.pad, cfg.flip, cfg.seed)
+    if common.open_run(cfg, KEYS, ranks) == "finished":
         return
-    model.to(device)
-    if total:
-        # lr_scale is relative to lr, so that one schedule moves both
-        head = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
-        encoder = {"params": model.encoder.parameters(), "lr_scale": cfg.lr_encoder / cfg.lr}
-        optimizer = torch.optim.Adam([encoder, {"params": head}], lr=0.0, fused=True)
-        step = resume(Path(cfg.out) / "last.pt", model, optimizer)["step"]
-    log = Log(cfg.out, total, step, rank, "text to image")
-    counts = ", ".join(f"{len(s.texts)} captions of {len(s.files)} in {n}" for n, s in splits.items() if s)
-    log.say(f"{counts}; {sentence}" + (f"; {total} steps of {cfg.batch}" if total else ""))
-    if total:
-        train(cfg, model, text, optimizer, splits["train"], batches, step, total, log, rank, world, device)
-        if rank == 0:
-            save_encoder(Path(cfg.out) / "model.safetensors", model, **meta)
-            save_encoder(Path(cfg.out) / "encoder.safetensors", model.encoder, **meta_of(model.encoder, meta["size"]))
-    finish(cfg, model, text, splits[cfg.evaluate_on], log, total, rank, world, device)
+    model.to(ranks.device)
+    # lr_scale is relative to lr, so that one schedule moves both.
+    head = [p for name, p in model.named_parameters() if not name.startswith("encoder.")]
+    encoder = {"params": model.encoder.parameters(), "lr_scale": cfg.lr_encoder / cfg.lr}
+    optimizer = torch.optim.Adam([encoder, {"params": head}], lr=0.0, fused=True)
+    out, epoch = Path(cfg.out), batches.steps_per_epoch
+    first = common.resume(out / "last.pt", model, optimizer)["step"]
+    total, warmup = cfg.epochs * epoch, round(cfg.warmup_epochs * epoch)
+    milestones = [m * epoch for m in cfg.milestones]
+    log = common.StepLog(cfg, ranks, dataset, batches, first, total)
+    counts = [f"{len(s.texts)} captions of {len(s.files)} in {n}" for n, s in splits.items() if s]
+    log.say(f"{', '.join(counts)}; {about}; {total} steps of {cfg.batch}")
+    steps = batches.steps(first, total)
+    loader = common.training_loader(
+        dataset, steps, cfg.workers, ranks.device, collate_fn=Pairs.collate
+    )
+    runner = common.distributed(model.train(), ranks.device)
+
+    # Nothing in a step waits for the device: its figures are read while the next step runs.
+    for step, (images, tokens, lengths, person, index) in enumerate(loader, first):
+        lr = common.stepwise_rate(step, warmup, cfg.lr, milestones)
+        common.set_learning_rate(optimizer, lr)
+        images = normalize(images.to(ranks.device, non_blocking=True))
+        tokens = tokens.to(ranks.device, non_blocking=True)
+        lengths = lengths.to(ranks.device, non_blocking=True)
+        person = person.to(ranks.device, non_blocking=True)
+        drop, noise = draw_noise(cfg, model.encoder.depth, step, ranks)
+        vectors = text.vectors(tokens, lengths)  # BERT's, without gradient; words stay ids
+        with common.autocast(ranks.device, cfg.precision):
+            v, t, v_logits, t_logits = runner(images, vectors, lengths, drop)
+        # L = CE(picture) + CE(text) + L_rank, in float32
+        identity = F.cross_entropy(v_logits.float(), person)
+        identity = identity + F.cross_entropy(t_logits.float(), person)
+        rank_loss, found = ranking_loss(v, t, person, noise, cfg.margin)
+        loss = identity + rank_loss
+        loss.backward()
+        largest = cfg.clip_grad or float("inf")
+        norm = nn.utils.clip_grad_norm_(model.parameters(), largest)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        values = dict(loss=loss, identity=identity, rank_loss=rank_loss)
+        values |= dict(grad_norm=norm, with_negative=found)
+        bad = ~(v + t).detach().float().sum(1).isfinite()
+        log.record(step, lr, values, index, bad)
+        if log.saves(step):
+            log.flush()  # never save a broken model
+            if ranks.rank == 0:
+                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+                common.save_checkpoint(out / "last.pt", **state, step=step + 1)
+            log.stop_if_asked(step)
+
     log.close()
-    barrier()
+    if ranks.rank == 0:
+        common.save_weights(out / "model.safetensors", model, **meta)
+        common.save_weights(out / "encoder.safetensors", model.encoder, **meta_of(model.encoder))
+    figures = evaluate(cfg, model, text, test, ranks)
+    log.write(step=total, final=True, **figures)
+    if ranks.rank == 0:
+        report(out, figures)
+    common.barrier()
 
 
-def check(cfg):
-    """Settings that are valid one by one but not together."""
-    check_job(cfg, KEYS)
-    if bool(cfg.predict) != bool(cfg.sentence and cfg.sentence.strip()):
-        raise UserError('predict=FOLDER and sentence="what to look for" need each other')
-    if not cfg.predict and not cfg.captions:
-        raise UserError("captions= names no file; give the JSON of CUHK-PEDES, ICFG-PEDES or RSTPReid")
-    if cfg.trainval and cfg.evaluate_on == "val":
-        raise UserError("evaluate_on=val needs pictures not trained on; set trainval=false")
+def draw_noise(cfg, depth, step, ranks):
+    """Uniform numbers of a step, this rank's: of drop path (2·depth, B), or None without it, and
+    of the negatives (2, B, M)."""
+    drop = common.rank_noise((common.DROP_PATH, cfg.seed, step), cfg.batch, 2 * depth, ranks)
+    noise = common.rank_noise((common.NEGATIVE, cfg.seed, step), cfg.batch, 2 * cfg.batch, ranks)
+    noise = noise.unflatten(1, (2, cfg.batch)).transpose(0, 1)
+    return drop.T if cfg.drop_path else None, noise
 
 
-# ----------------------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 class TextToImage(nn.Module):
     """Two branches that meet in one projection [HAP].
 
-    words: size of the vocabulary, learned here, or None: the text arrives as vectors of frozen BERT, `width` wide.
-    The picture is read before the encoder's final norm, which stays as it was.
+    words: size of the vocabulary, learned here, or None: the text arrives as vectors of frozen
+    BERT, `width` wide. The picture is read before the encoder's final norm, which stays as it was.
     """
 
     def __init__(self, encoder, token, project, persons, words=None, width=WORD_WIDTH):
@@ -209,7 +212,7 @@ class TextToImage(nn.Module):
         Packing the sequences would need their lengths on the CPU: DistributedDataParallel moves
         them to the GPU, and fetching them would wait for it.
         """
-        with no_autocast(self.projection.weight):
+        with torch.autocast(text.device.type, enabled=False):
             x = text if self.embedding is None else self.embedding(text)
             place, lengths = torch.arange(x.shape[1], device=x.device), lengths[:, None]
             inside = place < lengths  # (B, T)
@@ -220,7 +223,8 @@ class TextToImage(nn.Module):
             states = (ahead + back) / 2
             # deviates from HAP: padding never wins the maximum. There it counts as 0, so that a
             # sentence's feature depends on the longest one of its batch.
-            return self.projection(states.masked_fill(~inside.unsqueeze(2), -torch.inf).amax(1))
+            best = states.masked_fill(~inside.unsqueeze(2), -torch.inf).amax(1)
+            return self.projection(best)
 
     def forward(self, images, text, lengths, drop_noise=None):
         """→ v, t (B, E) and their identity logits (B, persons) each."""
@@ -229,162 +233,165 @@ class TextToImage(nn.Module):
 
 
 def build_model(cfg, train_split, device):
-    """→ (model, text side, what the file says of it, a sentence). With weights=, all settings come from that file."""
+    """→ (model, text side, what its file will say of it, a sentence about it).
+
+    With weights= all settings come from that file, and train_split may be None.
+    """
     own = ("token", "project", "text", "max_tokens")
-    m, loaded = use_meta(cfg, "finetune_t2i.py", "vocabulary", *own)
-    start, pose_token = (None, cfg.pose_token) if m else (cfg.encoder, cfg.encoder is None or reads_pose(cfg.token))
-    encoder, size, sentence = load_encoder(
-        start, (cfg.height, cfg.width), cfg.size, cfg.patch, pose_token, cfg.drop_path,
-        checkpoint_activations=cfg.checkpoint_activations,
-    )  # fmt: skip
+    m, about = take_settings(cfg, "finetune_t2i.py", "vocabulary", *own)
+    encoder, sentence = build_encoder(cfg, reads_pose(cfg.token), cfg.drop_path)
     if cfg.text == "bert":
-        text = Bert(cfg.bert, device)
+        text, kind = Bert(*read_bert(cfg.bert), device), f"frozen {cfg.bert}"
         if m and text.width != int(m["bert_width"]):
-            raise UserError(
-                f"{cfg.weights} was trained with a BERT {m['bert_width']} wide; bert={cfg.bert} is {text.width}"
-            )
+            wide = f"a BERT {m['bert_width']} wide; bert={cfg.bert} is {text.width}"
+            raise UserError(f"{cfg.weights} was trained with {wide}")
+        words, width, vocabulary = None, text.width, []
     else:
-        text = Words(json.loads(m["vocabulary"])) if m else Words.of(train_split.texts, cfg.min_count)
-    words = len(text) if cfg.text == "words" else None
+        text = (
+            Words(json.loads(m["vocabulary"])) if m else Words.of(train_split.texts, cfg.min_count)
+        )
+        words, width, vocabulary = len(text), WORD_WIDTH, text.words
+        kind = f"{words} words"
     persons = int(m["persons"]) if m else train_split.persons
-    model = TextToImage(encoder, cfg.token, cfg.project, persons, words, text.width or WORD_WIDTH)
+    model = TextToImage(encoder, cfg.token, cfg.project, persons, words, width)
     if m:
-        load_weights(model, load_checkpoint(cfg.weights), cfg.weights)
-    meta = meta_of(encoder, size) | dict(
-        token=cfg.token, project=cfg.project, persons=persons, text=cfg.text, max_tokens=cfg.max_tokens,
-        bert_width=text.width or 0, vocabulary=json.dumps(text.words if words else []),
-    )  # fmt: skip
-    about = f"{words} words" if words else f"frozen {cfg.bert}"
-    return model, text, meta, f"{loaded if m else sentence}; text: {about}"
+        common.load_weights(model, common.load_checkpoint(cfg.weights), cfg.weights)
+    meta = {name: getattr(cfg, name) for name in own} | dict(persons=persons)
+    meta |= dict(bert_width=text.width or 0, vocabulary=json.dumps(vocabulary))
+    return model, text, meta_of(encoder) | meta, f"{about or sentence}; text: {kind}"
 
 
-# -------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------- evaluation
 
 
-def train(cfg, model, text, optimizer, split, batches, first, total, log, rank, world, device):
-    """The loop. Nothing in a step waits for the device: its figures are read while the next step runs."""
-    dataset = Pairs(split, text, cfg)
-    loader = training_loader(dataset, batches.run(first, total), cfg.workers, device, collate_fn=Pairs.collate)
-    runner, figures = distributed(model.train(), device), None
-    warmup = round(cfg.warmup_epochs * batches.steps_per_epoch)
-    milestones = [m * batches.steps_per_epoch for m in cfg.milestones]
-    for step, (images, tokens, lengths, person, index) in enumerate(loader, first):
-        lr = learning_rate(step, total, warmup, cfg.lr, kind="step", milestones=milestones)
-        set_learning_rate(optimizer, lr)
-        images = normalize(images.to(device, non_blocking=True))
-        tokens, person = tokens.to(device, non_blocking=True), person.to(device, non_blocking=True)
-        lengths = lengths.to(device, non_blocking=True)
-        # which negative is taken: (2, B, M)
-        noise = rank_noise((NEGATIVE, cfg.seed, step), cfg.batch, 2 * cfg.batch, rank, world, device)
-        noise = noise.unflatten(1, (2, cfg.batch)).transpose(0, 1)
-        branches = 2 * model.encoder.depth
-        drop = rank_noise((DROP_PATH, cfg.seed, step), cfg.batch, branches, rank, world, device)
-        drop = drop.T if cfg.drop_path else None
-        vectors = text.vectors(tokens, lengths)
-        with autocast(device, cfg.precision):
-            v, t, v_logits, t_logits = runner(images, vectors, lengths, drop)
-        # L = CE(picture) + CE(text) + L_rank
-        identity = F.cross_entropy(v_logits.float(), person) + F.cross_entropy(t_logits.float(), person)
-        rank_loss, found = ranking_loss(v, t, person, noise, cfg.margin)
-        loss = identity + rank_loss
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_grad or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        settle(figures, log, dataset.name, cfg.batch, cfg.log_every, SHOWN)  # the step before this one
-        values = dict(loss=loss, identity=identity, rank_loss=rank_loss, with_negative=found, grad_norm=norm)
-        figures = Figures(step, lr, values, index, ~(v + t).detach().float().sum(1).isfinite())
-        if step + 1 == total or (step + 1) % cfg.save_every == 0:
-            settle(figures, log, dataset.name, cfg.batch, cfg.log_every, SHOWN)  # never save a broken model
-            figures = None
-            if rank == 0:
-                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
-                save_checkpoint(Path(cfg.out) / "last.pt", **state)
-        log.advance()
-
-
-# ------------------------------------------------------------------------------------------------------ evaluation
-
-
-@torch.no_grad()
-def embed_pictures(cfg, model, files, rank, world, device):
-    """(N, E) float32 of length 1 on every rank. Ranks take parts of the list; no picture is taken twice."""
-    model.eval()
-    own, parts = rank_share(len(files), rank, world), []
-    gallery = Gallery([files[i] for i in own], (cfg.height, cfg.width))
-    for images in DataLoader(gallery, cfg.batch, num_workers=cfg.workers):
-        with autocast(device, cfg.precision):
-            v = model.image_features(normalize(images.to(device)))
-        parts.append(F.normalize(v.float(), dim=1).cpu().numpy())
-    return np.concatenate(gather_rows(parts, world))
-
-
-@torch.no_grad()
-def embed_texts(cfg, model, text, sentences, rank, world, device):
-    """(C, E) float32 of length 1 on every rank, shared like the pictures."""
-    model.eval()
-    own, parts = rank_share(len(sentences), rank, world), []
-    for begin in range(0, len(own), cfg.batch):
-        rows = [text.tokens(sentences[i], cfg.max_tokens) for i in own[begin : begin + cfg.batch]]
-        tokens, lengths = (x.to(device) for x in pad_tokens(rows))
-        t = model.text_features(text.vectors(tokens, lengths), lengths)
-        parts.append(F.normalize(t, dim=1).cpu().numpy())
-    return np.concatenate(gather_rows(parts, world))
-
-
-def finish(cfg, model, text, split, log, step, rank, world, device):
-    """Figures, pictures, and the mark that the run is done. Rank 0 ranks; all ranks make the features."""
-    v = embed_pictures(cfg, model, split.files, rank, world, device)
-    t = embed_texts(cfg, model, text, split.texts, rank, world, device)
-    if rank:
+def evaluate_only(cfg, ranks):
+    """The figures of a finished run's model."""
+    split = read_splits(cfg, cfg.evaluate_on)[cfg.evaluate_on]
+    model, text, _, about = build_model(cfg, None, ranks.device)
+    if common.open_run(cfg, KEYS, ranks) == "finished":
         return
+    if ranks.rank == 0:
+        print(f"{len(split.texts)} captions of {len(split.files)}; {about}", file=sys.stderr)
+    figures = evaluate(cfg, model.to(ranks.device), text, split, ranks)
+    if ranks.rank == 0:
+        report(Path(cfg.out), figures)
+    common.barrier()
+
+
+def evaluate(cfg, model, text, split, ranks):
+    """metrics.json and ranking.png. All ranks make the features, rank 0 ranks them. → its figures,
+    on other ranks {}."""
+    gallery = Gallery(split.files, (cfg.height, cfg.width))
+    v = embed_pictures(cfg, model, gallery, ranks)
+    t = embed_texts(cfg, model, text, split.texts, ranks)
+    if ranks.rank:
+        return {}
     out, text_ids = Path(cfg.out), split.ids[split.picture]
     result = retrieval_metrics(v, t, split.ids, text_ids)
     ap = result.pop("ap")
-    summary = {"split": cfg.evaluate_on, "pictures": len(v), "captions": len(t), "persons": split.persons} | result
-    write_json(out / "metrics.json", summary)
-    log.write(step=step, epoch=cfg.epochs if step else 0, **result)
-    # the captions of best, median and worst average precision, two each
-    order, rows, labels = np.argsort(-ap, kind="stable"), [], []
-    order = order[np.sort(np.unique(np.array(split.texts)[order], return_index=True)[1])]  # each sentence once
-    n = len(order)
-    for place in sorted({p for p in (0, 1, n // 2 - 1, n // 2, n - 2, n - 1) if p >= 0}):
+    about = dict(split=cfg.evaluate_on, pictures=len(v), captions=len(t), persons=split.persons)
+    common.write_json(out / "metrics.json", about | result)
+    # The captions of best, median and worst average precision, two each; each sentence once.
+    order = np.argsort(-ap, kind="stable")
+    order = order[np.sort(np.unique(np.array(split.texts)[order], return_index=True)[1])]
+    n, rows, labels = len(order), [], []
+    for place in sorted({0, 1, n // 2 - 1, n // 2, n - 2, n - 1} & set(range(n))):
         c = order[place]
         near = np.argsort(-(v @ t[c]), kind="stable")[:10]
-        answers = [(load_picture("", split.files[i]), split.ids[i] == text_ids[c]) for i in near]
-        rows.append((load_picture("", split.files[split.picture[c]]), answers))
+        answers = [(gallery[i], split.ids[i] == text_ids[c]) for i in near]
+        rows.append((gallery[split.picture[c]], answers))
         labels.append(f"{split.texts[c]}\n(AP {ap[c]:.2f}, {place + 1} of {n})")
-    title = f"Best, median and worst captions: R@1 {result['t2i_R1']:.3f}, mAP {result['t2i_mAP']:.3f}"
+    figures = f"R@1 {result['t2i_R1']:.3f}, mAP {result['t2i_mAP']:.3f}"
+    title = f"Best, median and worst captions: {figures}"
     sheets.caption_sheet(rows, labels, out / "ranking.png", title)
+    return result
+
+
+def report(out, figures):
+    """The mark that the run is finished, then its figures on stdout."""
     (out / "done").touch()
-    print(f"{cfg.out}: " + "  ".join(f"{name} {value:.4f}" for name, value in result.items()))
+    print(f"{out}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
 
-def predict(cfg, rank, world, device):
-    """The pictures of a folder, best first for a sentence → ranking.json and ranking.png (the ten best)."""
-    folder, names = pictures_at(cfg.predict)
-    refuse_bad_pictures(folder, as_bytes(folder, names))
-    model, text, _, sentence = build_model(cfg, None, device)
-    if open_run(cfg, KEYS, rank) == "finished":
+@torch.no_grad()
+def embed_pictures(cfg, model, gallery, ranks):
+    """(N, E) float32 of length 1 on every rank. Ranks share the list; no picture is taken twice."""
+    model.eval()
+    own, parts = Subset(gallery, common.rank_share(len(gallery), ranks)), []
+    for images in DataLoader(own, cfg.batch, num_workers=cfg.workers):
+        with common.autocast(ranks.device, cfg.precision):
+            v = model.image_features(normalize(images.to(ranks.device)))
+        parts.append(F.normalize(v.float(), dim=1).cpu().numpy())
+    return np.concatenate(common.gather_rows(parts, ranks))
+
+
+@torch.no_grad()
+def embed_texts(cfg, model, text, sentences, ranks):
+    """(C, E) float32 of length 1 on every rank, shared like the pictures."""
+    model.eval()
+    own, parts = common.rank_share(len(sentences), ranks), []
+    for begin in range(0, len(own), cfg.batch):
+        rows = [text.tokens(sentences[i], cfg.max_tokens) for i in own[begin : begin + cfg.batch]]
+        tokens, lengths = (x.to(ranks.device) for x in pad_tokens(rows))
+        t = model.text_features(text.vectors(tokens, lengths), lengths)
+        parts.append(F.normalize(t, dim=1).cpu().numpy())
+    return np.concatenate(common.gather_rows(parts, ranks))
+
+
+def predict(cfg, ranks):
+    """The pictures of a folder, best first for a sentence → ranking.json, ranking.png."""
+    names, files = read_gallery(cfg.predict)
+    model, text, _, about = build_model(cfg, None, ranks.device)
+    if common.open_run(cfg, KEYS, ranks) == "finished":
         return
-    if rank == 0:
-        print(sentence, file=sys.stderr)
-    files, model = [str(Path(folder) / name) for name in names], model.to(device)
-    v = embed_pictures(cfg, model, files, rank, world, device)
-    t = embed_texts(cfg, model, text, [cfg.sentence], 0, 1, device)
-    if rank == 0:
+    if ranks.rank == 0:
+        print(about, file=sys.stderr)
+    model, gallery = model.to(ranks.device), Gallery(files, (cfg.height, cfg.width))
+    v = embed_pictures(cfg, model, gallery, ranks)
+    t = embed_texts(cfg, model, text, [cfg.sentence], ranks)
+    if ranks.rank == 0:
         out, score = Path(cfg.out), v @ t[0]
         order = np.argsort(-score, kind="stable")
-        rows = [{"image": str(names[i]), "cosine": round(float(score[i]), 5)} for i in order]
-        write_json(out / "ranking.json", {"sentence": cfg.sentence, "ranking": rows})
-        answers = [(load_picture("", files[i]), None) for i in order[:10]]
+        rows = [{"image": names[i], "cosine": round(float(score[i]), 5)} for i in order]
+        common.write_json(out / "ranking.json", {"sentence": cfg.sentence, "ranking": rows})
+        found = [(None, [(gallery[i], None) for i in order[:10]])]
         title = "Best guesses for a sentence"
-        sheets.caption_sheet([(None, answers)], [cfg.sentence], out / "ranking.png", title)
+        sheets.caption_sheet(found, [cfg.sentence], out / "ranking.png", title)
         (out / "done").touch()
-        print(f"wrote {out}/ranking.json ({len(rows)} pictures, best {rows[0]['image']}), ranking.png")
-    barrier()
+        best = f"{len(rows)} pictures, best {rows[0]['image']}"
+        print(f"wrote {out}/ranking.json ({best}), ranking.png")
+    common.barrier()
+
+
+# ------------------------------------------------------------------------------------------- checks
+
+
+def check(cfg):
+    """Settings that are valid one by one but not together."""
+    check_job(cfg, KEYS)
+    if bool(cfg.predict) != bool(cfg.sentence and cfg.sentence.strip()):
+        raise UserError('predict=FOLDER and sentence="what to look for" need each other')
+    if not cfg.predict and not cfg.captions:
+        files = "the JSON of CUHK-PEDES, ICFG-PEDES or RSTPReid"
+        raise UserError(f"captions= names no file; give {files}")
+    if cfg.trainval and cfg.evaluate_on == "val":
+        raise UserError("evaluate_on=val needs pictures not trained on; set trainval=false")
+    if cfg.text == "bert" and cfg.max_tokens < 3:
+        raise UserError("max_tokens= must be 3 or more with text=bert: [CLS], a word, [SEP]")
+
+
+def read_splits(cfg, *needed):
+    """read_captions; the needed splits are there, and each shows two people or more."""
+    training = {} if cfg.eval_only else dict(leave_out=cfg.leave_out, trainval=cfg.trainval)
+    splits = read_captions(cfg.captions, cfg.images, **training)
+    for name in needed:
+        if splits[name] is None:
+            raise UserError(f"{cfg.captions} has no {name} split")
+        if splits[name].persons < 2:
+            one = f"the {name} split of {cfg.captions} shows one person"
+            raise UserError(f"{one}: no sentence can find another one; two people are needed")
+    return splits
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    common.run_stage(main)

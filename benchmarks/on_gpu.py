@@ -1,5 +1,10 @@
 """The parts of on_gpu.sh: each runs commands and writes what they print as one JSON file."""
 
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
 import importlib.util
 import json
 import os
@@ -7,27 +12,21 @@ import platform
 import signal
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 import xml.etree.ElementTree as xml
 from functools import partial
-from pathlib import Path
 
 import torch
 
+from common import UserError, run_stage, write_json
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(1, str(ROOT))
-
-from common import write_json  # noqa: E402
-from plumbing.config import UserError, run_stage  # noqa: E402
-
 DEVICE = os.environ.get("DEVICE", "cuda")
 SMALL = os.environ.get("SMALL", "0") not in ("", "0")
 GPUS = torch.cuda.device_count() if DEVICE == "cuda" else 0
 WORKERS = min(len(os.sched_getaffinity(0)), 16)
-TINY = "size=tiny height=32 width=16 patch=8 batch=4 rounds=1 seconds=0 batches=4 compiled= "
-TINY += "pictures=24 workers=1 threads=1"
+TINY = "size=tiny height=32 width=16 patch=8 batch=4 rounds=1 seconds=0 batches=4 compile=false"
 
 
 class Part:
@@ -127,7 +126,7 @@ def machine():
     }
 
 
-# ------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 def tests(part):
@@ -135,17 +134,16 @@ def tests(part):
 
 
 def speed(part):
-    """The tables that a GPU enters; data, start and puppet are the CPU's."""
+    """The tables of throughput.py but `generate`, which is a part of its own."""
     large = GPUS and torch.cuda.get_device_properties(0).total_memory > 40e9
-    base = f"size=base precision=auto batch={128 if large else 32} workers={WORKERS}"
+    base = f"size=base precision=auto batch={128 if large else 32}"
     part.table("step", base)
     part.table("parts", base)
     part.table("masks", "", needs=["pytest"])
     part.table("memory", f"{base} batches=256")
     part.table("versus", "size=small batch=128", needs=["transformers"])
-    compiled = f"{base} precisions=bf16 compiled=ours,ViTMAE"
+    compiled = f"{base} precisions=bf16 compile=true"
     part.table("versus", compiled, needs=["transformers"], name="versus, ViT-B compiled")
-    part.table("scaling", f"{base} batches=32,64,128,256 ranks=1")
 
 
 def nccl(part):

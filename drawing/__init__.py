@@ -1,1 +1,4 @@
-"""Everything to look at: pictures.py (skeletons, overlays, labelled grids), then sheets.py (what a stage shows)."""
+"""Everything to look at. grids.py first (labelled grids), then skeletons.py (conditions, overlays).
+
+training.py: what pre-training shows. results.py: what the downstream tasks show.
+"""

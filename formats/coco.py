@@ -1,6 +1,6 @@
-"""COCO keypoint files of any joint set, read into flat arrays.
+"""COCO JSON files of people with any joint set, or none, and plain folders, as flat arrays.
 
-Legend: N annotated people · K joints. Frame: pixel centres at whole numbers; boxes are x, y, w, h in px.
+Legend: N people · K joints. Frame: pixel centres at whole numbers; boxes are x, y, w, h in px.
 """
 
 import json
@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from data import find_bad_pictures, flip_ids, joint_name, picture_fault
-from plumbing.config import UserError
+from formats.joints import COCO_CATEGORY, flip_ids, joint_name
+from plumbing.errors import UserError, reading
+from plumbing.files import read_json, regular, write_atomic
+from plumbing.pictures import as_bytes, find_bad_pictures, picture_fault, pictures_at
 
 MIN_SCORE = 0.2  # HRNet and ViTPose count a joint into a pose's score from here [HRNet] [ViTPose]
 
 
 class People(NamedTuple):
-    """N annotated people as flat arrays, so that 600 k of them cost little memory and forked workers share them."""
+    """N people as flat arrays: 600,000 cost little memory, and forked workers share them."""
 
     folder: str  # picture folder
     files: np.ndarray  # (N,) bytes, path below `folder`
@@ -30,211 +33,254 @@ class People(NamedTuple):
     image_id: np.ndarray  # (N,) int64
     area: np.ndarray  # (N,) float32 px²
     joints: list  # K joint names
-    skeleton: list  # 0-based pairs of joints; pairs outside 0..K-1 (CrowdPose's file has some) are dropped
+    skeleton: list  # 0-based pairs of joints; others (CrowdPose has some) are dropped
     flip: list  # K joint ids with left and right swapped
     category: dict  # the category as read
 
     def take(self, rows):
         """The same with only these rows (ids or bool mask)."""
-        return self._replace(**{name: value[rows] for name, value in self._asdict().items() if _is_column(value)})
+        columns = {k: v[rows] for k, v in self._asdict().items() if isinstance(v, np.ndarray)}
+        return self._replace(**columns)
 
 
-def _is_column(value):
-    return isinstance(value, np.ndarray)
+class Limits(NamedTuple):
+    """What is accepted of a file, beyond what is always refused."""
+
+    min_joints: int = 0  # people with fewer visible joints are left out
+    min_score: float = MIN_SCORE  # scores in place of visibilities: a joint is visible from here on
+    max_bad: int = 0  # so many missing or damaged pictures are left out at most
+    max_bad_boxes: int = 0  # so many people are left out for a box without area on their picture
+    check_pictures: bool = True
 
 
-def read_people(
-    annotations,
-    folder=None,
-    min_joints=0,
-    max_bad=0,
-    check_pictures=True,
-    min_score=MIN_SCORE,
-    max_bad_boxes=None,
-):
-    """Read a COCO keypoint JSON with any joint set. `folder` defaults to `images` beside it, or else its own folder.
+def read_people(annotations, folder=None, limits=Limits()):  # noqa: B008  a tuple
+    """Read a COCO JSON of people, or take every picture of a plain folder as one person.
 
-    Rows of the first category with keypoints count. Names of joints are respelt as COCO's
-    (data.joint_name); scores in place of visibilities become such (see `visibility`).
-    Crowd annotations and people with fewer than `min_joints` joints are left out; a person whose
+    `folder` holds the pictures; default: `images` beside the JSON, or else its own folder.
+    Rows of the first category with keypoints count, or of the first category where none has any.
+    Names of joints are respelt as COCO's (joints.joint_name); scores in place of visibilities
+    become such (see `visibility`). Crowds and people with few joints are left out; a person whose
     `num_keypoints` is 0 has none, whatever is listed (CrowdPose does not count head and neck).
     Pictures that are missing, empty, truncated or of another size than the file says are an error
-    that names the first; with `max_bad` > 0 up to that many are left out instead. So are up to
-    `max_bad_boxes` people whose box is not finite, has no area or lies outside its picture.
-    Pictures listed with width and height swapped, as in CrowdPose's old files, keep their own size.
+    that names the first. Pictures listed with width and height swapped, as in CrowdPose's old
+    files, keep their own size.
     → (People, {"bad": [names left out], "bad_boxes": people left out, "turned": pictures listed
     with sides swapped, "clipped": boxes cut to their picture, "scores": it holds scores}).
     Raises UserError: not such a file, ids that do not match or stand twice, a wrong keypoint count,
     a number that is not finite, a visibility that is none, nobody left.
     """
     path = Path(annotations)
-    images, rows, document = _parse_coco(path)
-    category, joints, skeleton = _person_category(document, path)
-    size, files = np.array(rows.pop("size"), np.int32).reshape(-1, 2), np.array(rows.pop("file"), dtype=np.bytes_)
-    rows = _rows_of(rows, int(category["id"]), len(joints), path)
-    seen = rows["keypoints"][:, :, 2]
-    seen[:], scores = visibility(seen, min_score, rows["id"], path)
-    ids = rows["image_id"].tolist()
-    image = np.fromiter((images.get(i, -1) for i in ids), np.int64, len(ids))  # its row among the images
-    if image.min() < 0:
-        unknown = ids[image.argmin()]
-        raise UserError(f"{path}: an annotation names image id {unknown}, which is not among the images")
-    folder = Path(folder) if folder else path.parent / "images" if (path.parent / "images").is_dir() else path.parent
-    people = People(
-        folder=str(folder),
-        files=files[image],
-        size=size[image],
-        boxes=rows["bbox"],
-        keypoints=rows["keypoints"],
-        pose_id=rows["pose_id"],
-        annotation_id=rows["id"],
-        image_id=rows["image_id"],
-        area=rows["area"],
-        joints=joints,
-        skeleton=skeleton,
-        flip=flip_ids(joints),
-        category=category,
-    )
+    if os.path.isdir(path):
+        return read_folder(path, limits)
+    with reading(path, "COCO people"):
+        people, rows, scores = parse(path, limits)
+    if not folder:
+        folder = path.parent / "images" if (path.parent / "images").is_dir() else path.parent
+    people = people._replace(folder=str(folder))
     joints = (people.keypoints[:, :, 2] > 0).sum(1) * (rows["num_keypoints"] != 0)
-    keep = (rows["iscrowd"] == 0) & (joints >= min_joints)
+    keep = (rows["iscrowd"] == 0) & (joints >= limits.min_joints)
     people = people if keep.all() else people.take(keep)
     bad, turned = [], 0
-    if check_pictures:
-        people, turned, bad = _check_pictures(people, path)
-    if len(bad) > max_bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        name, reason = bad[0]
-        raise UserError(f"{folder}/{name} is {reason}{more} (of {path}); mend it or allow max_bad={len(bad)}")
-    if bad:
-        people = people.take(~np.isin(people.files, np.array([name.encode() for name, _ in bad])))
-    people, clipped, bad_boxes = _clip_boxes(people, path, max_bad_boxes)
+    if limits.check_pictures:
+        people, turned, bad = check_pictures(people, path)
+    people = leave_out(people, bad, path, limits)
+    people, clipped, bad_boxes = clip_boxes(people, path, limits)
     if not len(people.files):
-        why = f"crowds, people with fewer than {min_joints} joint(s) or without a whole picture"
-        raise UserError(f"{path}: all of its {len(ids)} annotations are {why}; look at the file")
+        why = f"crowds, people with fewer than {limits.min_joints} joint(s) or without a picture"
+        raise UserError(f"{path}: all of its {len(keep)} annotations are {why}; look at the file")
     notes = {"bad": [name for name, _ in bad], "bad_boxes": bad_boxes, "turned": turned}
     return people, notes | {"clipped": clipped, "scores": scores}
 
 
-def _check_pictures(people, path):
-    """→ (people, how many pictures are listed with sides swapped, find_bad_pictures of the rest).
+def read_folder(path, limits):
+    """Every picture below a folder, or one picture: each as a person without joints who fills it.
 
-    The people get the swapped pictures' own sizes.
+    → as read_people.
     """
-    bad = find_bad_pictures(people.folder, people.files, people.size, path)
-    other_size = [name.encode() for name, reason in bad if "its annotation says" in reason]
-    size, turned = people.size.copy(), {}  # turned: name → whether its sides are swapped
-    for row in np.flatnonzero(np.isin(people.files, np.array(other_size, dtype=np.bytes_))):
-        name, own = people.files[row].decode(), people.size[row, ::-1]
-        if name not in turned:
-            turned[name] = not picture_fault(os.path.join(people.folder, name), tuple(own.tolist()))
-        if turned[name]:
-            size[row] = own
-    bad = [(name, reason) for name, reason in bad if not turned.get(name)]
-    return people._replace(size=size), sum(turned.values()), bad
+    folder, names = pictures_at(path)
+    people = people_at(folder, names, np.zeros((len(names), 4)), [], [])
+    people, notes = measured(people, path, limits)
+    boxes = np.concatenate([np.zeros_like(people.size), people.size], 1).astype(np.float32)
+    return people._replace(boxes=boxes, area=boxes[:, 2] * boxes[:, 3]), notes
 
 
-def _parse_coco(path):
-    """One pass over the JSON; annotations and images go straight into flat arrays as the parser meets them.
+def people_at(folder, files, boxes, joints, skeleton):
+    """People at boxes (N, 4) px that no COCO file lists: no joint is known, nor a picture's size.
 
-    → {image id: its row in rows["file"] and rows["size"]}, rows (name → array of all annotations), the rest.
+    files: N names below `folder`. Pictures have ids from 1, in the order of their names here.
+    """
+    n, number = len(files), {}
+    for name in files:
+        number.setdefault(name, len(number) + 1)
+    boxes = np.asarray(boxes)
+    return People(
+        folder=str(folder), files=as_bytes(folder, files), size=np.zeros((n, 2), np.int32),
+        boxes=boxes.astype(np.float32), keypoints=np.zeros((n, len(joints), 3), np.float32),
+        pose_id=np.full(n, -1), annotation_id=np.arange(1, n + 1),
+        image_id=np.array([number[name] for name in files], np.int64),
+        area=boxes[:, 2:].prod(1).astype(np.float32), joints=list(joints),
+        skeleton=list(skeleton), flip=flip_ids(joints), category={"id": 1},
+    )  # fmt: skip
+
+
+def measured(people, path, limits):
+    """For a list at `path` without sizes: → (people with those of their pictures, notes).
+
+    Bad pictures are left out. The notes are those of read_people.
+    """
+    bad = find_bad_pictures(people.folder, people.files)
+    people, sizes = leave_out(people, bad, path, limits), {}
+    for name in people.files.tolist():
+        if name not in sizes:  # only its header is read
+            with Image.open(os.path.join(people.folder, name.decode())) as picture:
+                sizes[name] = picture.size
+    if not sizes:
+        raise UserError(f"{path}: none of its pictures can be read; look at the files")
+    size = np.array([sizes[name] for name in people.files.tolist()], np.int32)
+    notes = {"bad": [name for name, _ in bad], "bad_boxes": 0, "turned": 0, "clipped": 0}
+    return people._replace(size=size), notes | {"scores": False}
+
+
+# --------------------------------------------------------------------------------- a file's content
+
+
+def parse(path, limits):
+    """A COCO file → (People of its person category, name → column of the rest, holds it scores?)"""
+    images, rows, document = flat_columns(path)
+    category, joints, skeleton = person_category(document)
+    size = np.array(rows.pop("size"), np.int32).reshape(-1, 2)
+    files = np.array(rows.pop("file"), dtype=np.bytes_)
+    rows = rows_of_category(rows, int(category["id"]), len(joints))
+    seen = rows["keypoints"][:, :, 2]
+    seen[:], scores = visibility(seen, limits.min_score, rows["id"])
+    ids = rows["image_id"].tolist()
+    image = np.array([images.get(i, -1) for i in ids])  # its row among the images
+    if image.min() < 0:
+        unknown = ids[image.argmin()]
+        raise UserError(
+            f"{path}: an annotation names image id {unknown}, which is not among the images"
+        )
+    people = People(
+        folder="", files=files[image], size=size[image], boxes=rows["bbox"],
+        keypoints=rows["keypoints"], pose_id=rows["pose_id"], annotation_id=rows["id"],
+        image_id=rows["image_id"], area=rows["area"], joints=joints, skeleton=skeleton,
+        flip=flip_ids(joints), category=category,
+    )  # fmt: skip
+    return people, rows, scores
+
+
+def flat_columns(path):
+    """One pass over the JSON. → {image id: its row}, name → array over all annotations, the rest.
+
+    Entries go into flat arrays as the parser meets them: 600,000 annotations take 0.5 GB at the
+    peak; as Python objects they would take 1.4 GB.
     """
     names = "id image_id pose_id iscrowd category_id num_keypoints count".split()
     images, rows = {}, {name: array("q") for name in names}
-    rows |= {name: array("f") for name in ("keypoints", "bbox", "area")} | {"file": [], "size": array("q")}
-    defaults = (("id", None), ("image_id", None), ("pose_id", -1), ("iscrowd", 0), ("category_id", -1))
-    defaults += (("num_keypoints", -1),)
+    rows |= {name: array("f") for name in ("keypoints", "bbox", "area")}
+    rows |= {"file": [], "size": array("q")}
 
     def take(entry):
         if "image_id" in entry:
-            box, points = entry["bbox"], entry.get("keypoints", [])
-            if len(box) != 4:
-                raise UserError(f"{path}: annotation {entry['id']} has box {box}; x, y, w, h are needed")
+            rows["id"].append(whole(entry["id"]))
+            box, points = entry["bbox"], entry.get("keypoints") or []
+            if not isinstance(box, list) or len(box) != 4:
+                raise ValueError(f"annotation {entry['id']} has box {box!r:.80}, not x, y, w, h")
             rows["bbox"].extend(box)
             rows["keypoints"].extend(points)
             rows["count"].append(len(points))
             rows["area"].append(entry["area"] if "area" in entry else box[2] * box[3])
-            for name, default in defaults:
-                rows[name].append(int(entry[name] if default is None else entry.get(name, default)))
+            rows["image_id"].append(whole(entry["image_id"]))
+            rows["pose_id"].append(whole(entry.get("pose_id", -1)))
+            rows["iscrowd"].append(whole(entry.get("iscrowd", 0)))
+            rows["category_id"].append(whole(entry.get("category_id", -1)))
+            rows["num_keypoints"].append(whole(entry.get("num_keypoints", -1)))
         elif "file_name" in entry:
-            number = int(entry["id"])
+            number = whole(entry["id"])
             if number in images:
-                raise UserError(f"{path}: two images have the id {number}; ids must differ")
-            rows["size"].extend((int(entry["width"]), int(entry["height"])))
+                raise ValueError(f"two images have the id {number}; ids must differ")
+            rows["size"].extend((whole(entry["width"]), whole(entry["height"])))
             images[number] = len(rows["file"])
             rows["file"].append(entry["file_name"].encode())
         else:
             return entry
 
-    try:
-        with open(path, encoding="utf-8") as file:
-            document = json.load(file, object_hook=take)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"cannot read {path} as JSON: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise UserError(
-            f"{path} is not a COCO keypoint file: an entry lacks a field or has a wrong one ({error!r})"
-        ) from None
-    for name in ("images", "annotations", "categories"):
-        if not isinstance(document, dict) or not isinstance(document.get(name), list):
-            raise UserError(f'{path} is not a COCO keypoint file: it has no list "{name}"')
-    for name, key, count in (("images", "file_name", len(rows["file"])), ("annotations", "image_id", len(rows["id"]))):
-        if not document[name].count(None) == len(document[name]) == count:  # `take` leaves None of what it took
-            odd = next((entry for entry in document[name] if entry is not None), None)
-            raise UserError(f'{path} is not a COCO keypoint file: an entry of "{name}" lacks "{key}": {odd!r:.80}')
+    with open(regular(path), encoding="utf-8-sig") as file:
+        document = json.load(file, object_hook=take)
+    if not isinstance(document, dict):
+        raise ValueError("it holds no lists `images`, `annotations`, `categories`")
+    for name, key, count in (
+        ("images", "file_name", len(rows["file"])),
+        ("annotations", "image_id", len(rows["id"])),
+    ):
+        left = document[name]  # `take` leaves None of what it took
+        if not isinstance(left, list) or len(left) != count or any(e is not None for e in left):
+            odd = next((entry for entry in left if entry is not None), left)
+            raise ValueError(f'an entry of "{name}" lacks "{key}": {odd!r:.80}')
     return images, rows, document
 
 
-def _person_category(document, path):
-    """The first category with keypoints → (it as read, names of its K joints, 0-based links between them)."""
-    try:
-        category = next((c for c in document["categories"] if c.get("keypoints")), None)
-        if category is None:
-            raise UserError(f'{path} is not a COCO keypoint file: no category lists its "keypoints"')
-        joints = [joint_name(name) for name in category["keypoints"]]
-        links = [(int(i) - 1, int(j) - 1) for i, j in category.get("skeleton") or []]
-        int(category["id"])
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-        raise UserError(
-            f"{path} is not a COCO keypoint file: a category lacks a field or has a wrong one ({error!r})"
-        ) from None
+def whole(number):
+    """JSON's 3, 3.0 and "3" → 3."""
+    if int(number) != float(number):
+        raise ValueError(f"{number!r:.40} is no whole number")
+    return int(number)
+
+
+def person_category(document):
+    """The first category with keypoints, else the first. → (it as read, names of its K joints,
+    0-based links between them)."""
+    categories = document["categories"]
+    category = next((c for c in categories if c.get("keypoints")), categories[0])
+    named = category.get("keypoints") or []
+    joints = [joint_name(name) for name in named]
+    links = [(int(i) - 1, int(j) - 1) for i, j in category.get("skeleton") or []]
     twice = sorted({name for name in joints if joints.count(name) > 1})
     if twice:
-        names = f"{category['keypoints']!r:.300}"
-        raise UserError(f"{path}: its category names the joint {twice[0]} twice: {names}")
-    return category, joints, [link for link in links if 0 <= min(link) and max(link) < len(joints)]
+        raise ValueError(f"its category names the joint {twice[0]} twice: {named!r:.300}")
+    links = [link for link in links if 0 <= min(link) and max(link) < len(joints)]
+    return category, joints, links
 
 
-def _rows_of(rows, category_id, k, path):
-    """What _parse_coco made of the annotations → name → NumPy column of those of one category, checked.
+def rows_of_category(rows, category_id, k):
+    """name → NumPy column of the annotations of one category, checked.
 
-    Annotations that name no category are taken as of this one. keypoints (n, k, 3), bbox (n, 4), float32.
+    Annotations that name no category are taken as of this one. keypoints (n, k, 3), bbox (n, 4),
+    float32.
     """
     own = np.isin(np.array(rows["category_id"]), (category_id, -1))
     if not own.any():
-        raise UserError(f"{path} holds no person annotations")
-    flat = {"keypoints": np.frombuffer(rows["keypoints"], np.float32), "bbox": np.array(rows["bbox"], np.float32)}
+        raise ValueError("it holds no person annotations")
+    points, n = np.frombuffer(rows["keypoints"], np.float32), int(own.sum())
     if not own.all():
-        flat["keypoints"] = flat["keypoints"][np.repeat(own, rows["count"])]
-    flat["bbox"] = flat["bbox"].reshape(-1, 4)[own]
-    rows = {name: np.array(column)[own] for name, column in rows.items() if name not in flat} | flat
+        points = points[np.repeat(own, rows["count"])]
+    boxes = np.array(rows["bbox"], np.float32).reshape(-1, 4)[own]
+    flat = ("keypoints", "bbox")
+    rows = {name: np.array(column)[own] for name, column in rows.items() if name not in flat}
 
     def refuse(wrong, problem):
         if wrong.any():
             a = wrong.argmax()
-            raise UserError(f"{path}: annotation {rows['id'][a]} {problem(a)}")
+            raise ValueError(f"annotation {rows['id'][a]} {problem(a)}")
 
-    refuse(rows["count"] != 3 * k, lambda a: f"has {rows['count'][a]} keypoint values; its {k} joints need {3 * k}")
-    rows["keypoints"] = rows["keypoints"].reshape(-1, k, 3)
+    count = rows["count"]
+    if not count.any():  # boxes alone
+        points = np.zeros(3 * k * len(count), np.float32)
+        count = np.full(len(count), 3 * k)
+    refuse(count != 3 * k, lambda a: f"has {count[a]} keypoint values; {k} joints need {3 * k}")
+    rows |= {"keypoints": points.reshape(n, k, 3), "bbox": boxes}
     order = rows["id"].argsort(kind="stable")
     twice = np.zeros(len(order), bool)
     twice[order[1:]] = np.diff(rows["id"][order]) == 0
     refuse(twice, lambda a: "stands twice; ids must differ")
-    refuse(~np.isfinite(rows["keypoints"]).all((1, 2)), lambda a: "has a keypoint that is not finite")
-    refuse(~np.isfinite(rows["area"]), lambda a: f"has area {rows['area'][a]}, which is not finite")
+    odd = ~np.isfinite(rows["keypoints"]).all((1, 2))
+    refuse(odd, lambda a: "has a keypoint that is not finite")
+    odd = ~np.isfinite(rows["area"])
+    refuse(odd, lambda a: f"has area {rows['area'][a]}, which is not finite")
     return rows
 
 
-def visibility(values, min_score, ids, path):
+def visibility(values, min_score, ids):
     """Third column of keypoints (N, K) as read → (0 missing, 1 hidden, 2 visible; was it scores?).
 
     Where any value of a file is no whole number, they are scores of a pose estimator, all from
@@ -247,12 +293,47 @@ def visibility(values, min_score, ids, path):
         need = "0, 1, 2, or scores in all of the file"
         if scores:
             need = "0 to 1, for the file holds scores (some values are no whole numbers)"
-        v = f"{values[a, j]:g}"
-        raise UserError(f"{path}: annotation {ids[a]} has v = {v} at joint {j + 1}; needed: {need}")
+        raise ValueError(
+            f"annotation {ids[a]} has v = {values[a, j]:g} at joint {j + 1}; needed: {need}"
+        )
     return np.where(values >= min_score, 2, 0) if scores else values, scores
 
 
-def _clip_boxes(people, path, max_bad_boxes):
+# ------------------------------------------------------------------------------- pictures and boxes
+
+
+def check_pictures(people, path):
+    """→ (people, how many pictures are listed with sides swapped, find_bad_pictures of the rest).
+
+    The people get the swapped pictures' own sizes.
+    """
+    bad = find_bad_pictures(people.folder, people.files, people.size, path)
+    other_size = [name.encode() for name, reason in bad if "its annotation says" in reason]
+    size, turned = people.size.copy(), {}  # turned: name → whether its sides are swapped
+    for row in np.flatnonzero(np.isin(people.files, np.array(other_size, dtype=np.bytes_))):
+        name, own = people.files[row].decode(), people.size[row, ::-1]
+        if name not in turned:
+            path = os.path.join(people.folder, name)
+            turned[name] = not picture_fault(path, tuple(own.tolist()))
+        if turned[name]:
+            size[row] = own
+    bad = [(name, reason) for name, reason in bad if not turned.get(name)]
+    return people._replace(size=size), sum(turned.values()), bad
+
+
+def leave_out(people, bad, path, limits):
+    """People without those on bad pictures; UserError where these are more than allowed."""
+    if len(bad) > limits.max_bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        name, reason = bad[0]
+        what = f"{people.folder}/{name} is {reason}{more} (of {path})"
+        raise UserError(f"{what}; mend it or allow max_bad={len(bad)}")
+    if not bad:
+        return people
+    return people.take(~np.isin(people.files, np.array([name.encode() for name, _ in bad])))
+
+
+def clip_boxes(people, path, limits):
     """→ (people with boxes cut to their pictures, how many were cut, how many people left out)."""
     boxes, size = people.boxes, people.size
     with np.errstate(invalid="ignore"):  # NaN and infinite boxes
@@ -264,7 +345,7 @@ def _clip_boxes(people, path, max_bad_boxes):
         # A box such as 1e-9 px at x = 20, where float32 holds no such step, is empty once cut.
         good = area & inside & (cut[:, 2:] > 0).all(1)
     wrong = np.flatnonzero(~good)
-    if len(wrong) > (max_bad_boxes or 0):
+    if len(wrong) > limits.max_bad_boxes:
         a = wrong[0]
         problem = "; finite x, y, w, h with w, h > 0 are needed"
         if area[a]:
@@ -272,9 +353,47 @@ def _clip_boxes(people, path, max_bad_boxes):
         if area[a] and not inside[a]:
             problem = f" outside its {size[a].tolist()} picture"
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        hint = "" if max_bad_boxes is None else f"; mend it or allow max_bad_boxes={len(wrong)}"
         what = f"annotation {people.annotation_id[a]} has box {boxes[a].tolist()}{problem}"
-        raise UserError(f"{path}: {what}{more}{hint}")
+        raise UserError(f"{path}: {what}{more}; mend it or allow max_bad_boxes={len(wrong)}")
     people = people._replace(boxes=cut)
     clipped = int((np.abs(cut - boxes)[good] > 1).any(1).sum())
     return people.take(good) if len(wrong) else people, clipped, len(wrong)
+
+
+# ---------------------------------------------------------------------- captions, and a set of ours
+
+
+def read_image_captions(path):
+    """COCO captions JSON → {image id: its captions, in order of their ids}."""
+    captions = {}
+    with reading(path, "COCO captions"):
+        for row in read_json(path)["annotations"]:
+            told = whole(row["id"]), str(row["caption"]).strip()
+            captions.setdefault(whole(row["image_id"]), []).append(told)
+    return {image: [text for _, text in sorted(told)] for image, told in captions.items()}
+
+
+def write_people(path, description, rows):
+    """Write COCO keypoint JSON of COCO's 17 joints, one person per picture, an entry per line.
+
+    rows() iterates, once for the pictures and once for the people, over dicts: `file_name`, `size`
+    (w, h) and what the annotation holds beside its ids. Nothing is kept: 600,000 people take no
+    memory.
+    """
+
+    def write(part):
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(f'{{"info": {json.dumps({"description": description})},\n')
+            file.write(f'"categories": {json.dumps([COCO_CATEGORY])},\n"images": [')
+            for i, row in enumerate(rows(), 1):
+                image = dict(id=i, file_name=row["file_name"])
+                image |= dict(width=row["size"][0], height=row["size"][1])
+                file.write((",\n" if i > 1 else "\n") + json.dumps(image))
+            file.write('\n],\n"annotations": [')
+            for i, row in enumerate(rows(), 1):
+                entry = dict(id=i, image_id=i, category_id=COCO_CATEGORY["id"])
+                entry |= {k: v for k, v in row.items() if k not in ("file_name", "size")}
+                file.write((",\n" if i > 1 else "\n") + json.dumps(entry))
+            file.write("\n]}\n")
+
+    write_atomic(path, write)

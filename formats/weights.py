@@ -9,11 +9,22 @@ import re
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from common import load_checkpoint
 from model import SIZES, ViT
-from plumbing.config import UserError
+from plumbing.config import Key
+from plumbing.errors import UserError, reading
+from plumbing.files import is_finite, load_checkpoint, regular
+from plumbing.process import check_memory
+
+# The encoder of a fine-tuning stage: its keys.
+ENCODER = dict(
+    encoder=Key(None, "weights to start from: ours, MAE, HAP, timm, …; none: from scratch"),
+    size=Key("base", "encoder size, where encoder= does not say it", "[HAP]", tuple(SIZES)),
+    patch=Key(16, "patch side in px, where encoder= does not say it", "[MAE]", low=1),
+    pose_token=Key(True, "[POSE] from scratch, and on others' weights if it is read", "[paper]"),
+    checkpoint_activations=Key(False, "recompute activations: less memory, slower", free=True),
+)
 
 TORCHVISION = [  # torchvision's vit_* names → ours
     (r"^class_token$", "cls_token"),
@@ -57,33 +68,49 @@ def tensors_of(state):
 def load_pretrained(vit, state, path, grid=None):
     """Copy published or own encoder weights into `vit`; positions are resized to its grid.
 
-    state: what the file held (MAE and HAP {"model": …}, timm and torchvision flat, our encoder.safetensors); path: for
-    messages. grid: (h, w) the weights were trained at, where known; otherwise the usual guess: square, else h = 2w.
-    Layer scale is folded into the weights before it. A single register becomes [POSE].
-    → (used, unused, missing): the file's names that were used and that were not, and our names the file had nothing
-    for ([POSE] is missing in files without a register and keeps its start). Raises UserError where
-    depth, width or patch size differ, and for unused weights without which the encoder would
-    compute something else. Nothing is copied before all shapes are checked.
+    state: what the file held (MAE and HAP {"model": …}, timm and torchvision flat, our
+    encoder.safetensors); path: for messages. grid: (h, w) the weights were trained at, where known;
+    otherwise the usual guess: square, else h = 2w. Layer scale is folded into the weights before
+    it. A single register becomes [POSE].
+    → (used, unused, missing): the file's names that were used and that were not, and our names the
+    file had nothing for ([POSE] is missing in files without a register and keeps its start).
+    Raises UserError where depth, width or patch size differ, and for unused weights without which
+    the encoder would compute something else. Nothing is copied before all is checked.
     """
-    state, own = tensors_of(state), vit.state_dict()
-    source = {our_name(name): (name, value) for name, value in state.items()}
-    found = {name: value for name, (_, value) in source.items() if name in own}
-    if "pos_embed" not in found or "cls_token" not in found or "patch_embed.proj.weight" not in found:
-        raise UserError(f"{path} holds no ViT encoder in MAE, HAP, timm, torchvision or our layout; check the file")
-    check_shape(vit, source, found, path)
-    cls_position, found["pos_embed"] = resized_positions(found["pos_embed"], vit.grid, grid, path)
-    found["cls_token"] = found["cls_token"] + cls_position  # our special tokens have no position; the sum is the same
-    for name, value in found.items():
-        if value.shape != own[name].shape:
-            raise UserError(f"{path}: {name} has shape {tuple(value.shape)}, this model {tuple(own[name].shape)}")
-    missing = [name for name in own if name not in found]
-    lost = [name for name in missing if name.startswith("blocks.")]
-    if lost:
-        raise UserError(f"{path}: {lost[0]} is missing (and {len(lost) - 1} more); the file is not a whole encoder")
-    scales = fold_layer_scale(found, source, vit.depth)
-    vit.load_state_dict(found, strict=False)
+    with reading(path, "ViT weights"):
+        state = tensors_of(state)
+        found, source, missing = checked_weights(vit, state, path, grid)
+        scales = fold_layer_scale(found, source, vit.depth)
+        vit.load_state_dict(found, strict=False)
     used = [source[name][0] for name in [*found, *scales]]
     return used, [name for name in state if name not in set(used)], missing
+
+
+def checked_weights(vit, state, path, grid):
+    """→ (tensors by our names, positions resized; our name → (theirs, tensor) of all; missing)."""
+    own = vit.state_dict()
+    for name, value in state.items():
+        if value.is_sparse or value.is_complex() or not is_finite(value):
+            raise UserError(f"{path}: {name} holds values that are not finite real numbers")
+    source = {our_name(name): (name, value) for name, value in state.items()}
+    found = {name: value for name, (_, value) in source.items() if name in own}
+    if not {"pos_embed", "cls_token", "patch_embed.proj.weight"} <= set(found):
+        layouts = "MAE, HAP, timm, torchvision or our layout"
+        raise UserError(f"{path} holds no ViT encoder in {layouts}; check the file")
+    check_shape(vit, source, found, path)
+    cls_position, found["pos_embed"] = resized_positions(found["pos_embed"], vit.grid, grid, path)
+    # Our special tokens have no position; the sum is the same.
+    found["cls_token"] = found["cls_token"] + cls_position
+    for name, value in found.items():
+        if value.shape != own[name].shape:
+            need = tuple(own[name].shape)
+            raise UserError(f"{path}: {name} has shape {tuple(value.shape)}, this model {need}")
+    missing = [name for name in own if name not in found]
+    lost = [name for name in missing if name != "pose_token"]
+    if lost:
+        more = f" (and {len(lost) - 1} more)"
+        raise UserError(f"{path}: {lost[0]} is missing{more}; the file is not a whole encoder")
+    return found, source, missing
 
 
 def layer_scales(depth):
@@ -112,8 +139,8 @@ def check_shape(vit, source, found, path):
     if (D, p, depth) != (vit.width, vit.patch_size, vit.depth):
         raise UserError(
             f"{path} is a ViT {D} wide, {depth} deep, {p} px patches (patch_embed.proj.weight "
-            f"{tuple(found['patch_embed.proj.weight'].shape)}); this model is {vit.width} wide, {vit.depth} deep, "
-            f"{vit.patch_size} px; choose the matching size= and patch="
+            f"{tuple(found['patch_embed.proj.weight'].shape)}); this model is {vit.width} wide, "
+            f"{vit.depth} deep, {vit.patch_size} px; choose the matching size= and patch="
         )
     if "pose_token" in source and source["pose_token"][1].shape[1:] != (1, D):
         name, value = source["pose_token"]
@@ -130,17 +157,27 @@ def check_shape(vit, source, found, path):
 
 
 def resized_positions(positions, grid, source_grid, path):
-    """(1, N' or 1 + N', D) → ([CLS] position (1, 1, D) or 0, patch positions (1, h·w, D)), bicubic [MAE]."""
+    """(1, N' or 1 + N', D) → ([CLS] position (1, 1, D) or 0, patch positions (1, h·w, D)), bicubic
+    [MAE]."""
     n = positions.shape[1]
     side, half = round((n - 1) ** 0.5), round(((n - 1) / 2) ** 0.5)
     if source_grid is not None:
         guesses = [(tuple(source_grid), n - source_grid[0] * source_grid[1])]
-    else:  # ours unchanged; with a [CLS] position in front: square (most), this grid, h = 2w (HAP); ours of h = 2w
-        guesses = [(grid, 0), ((side, side), 1), (grid, 1), ((2 * half, half), 1), ((2 * half, half), 0)]
+    else:
+        # Ours, unchanged; with a [CLS] position in front: square (most), this grid, h = 2w (HAP);
+        # ours of h = 2w.
+        guesses = [
+            (grid, 0),
+            ((side, side), 1),
+            (grid, 1),
+            ((2 * half, half), 1),
+            ((2 * half, half), 0),
+        ]
         guesses.append(((round(n**0.5), round(n**0.5)), 0))  # timm's no_embed_class
     fits = [(h, w, front) for (h, w), front in guesses if front in (0, 1) and h * w + front == n]
     if not fits:
-        raise UserError(f"{path}: {n} positions fit no known grid of patches; this model has {grid[0]} × {grid[1]}")
+        own = f"this model has {grid[0]} × {grid[1]}"
+        raise UserError(f"{path}: {n} positions fit no known grid of patches; {own}")
     h, w, front = fits[0]
     cls_position = positions[:, :1] if front else 0.0
     patches = positions[:, front:]
@@ -151,101 +188,113 @@ def resized_positions(positions, grid, source_grid, path):
     return cls_position, patches
 
 
-# ----------------------------------------------------------------------------------------- encoders for other stages
+# --------------------------------------------------------------------------- encoders of the stages
 
 
-def load_encoder(
-    path, image_size, size="base", patch_size=16, pose_token=True, drop_path=0.0, trainable_positions=True, **options
-):
-    """Encoder of a downstream stage, for pictures of image_size (H, W). → (ViT, size name, one sentence about it).
+def build_encoder(cfg, reads_pose, drop_path=0.0):
+    """The encoder of a fine-tuning stage, as its keys say. → (ViT, one sentence about it)
 
-    path: our encoder.safetensors, which knows its own size, patch and tokens (size, patch_size and pose_token are then
-    not asked); or MAE, HAP, timm or torchvision weights of the given size and patch; or None = random weights, drawn
-    from torch's global generator. Positions are resized bicubically. Raises UserError for a file that does not fit.
+    A file of ours knows its own size, patch and tokens; MAE, HAP, timm or torchvision weights are
+    of cfg's size and patch; without a file the weights are random, from torch's own generator.
+    Others' weights hold no [POSE]: one is added, untrained, if the stage `reads_pose`.
+    With weights= the caller loads the fine-tuned ones (see take_settings). Positions are resized
+    bicubically. Raises UserError for a file that does not fit.
     """
-    meta = encoder_meta(path)
-    if meta:
-        size, patch_size, pose_token = meta["size"], int(meta["patch_size"]), meta["pose_token"] == "True"
-    s = SIZES[size]
+    path = None if cfg.weights else cfg.encoder
+    size, patch, meta = cfg.size, cfg.patch, encoder_meta(path)
     state = None if path is None else load_checkpoint(path)
-    if not meta and any(re.match(REGISTER, name) for name in tensors_of(state)):
+    pose_token = cfg.pose_token and (path is None or reads_pose)
+    if any(re.match(REGISTER, name) for name in tensors_of(state)):
         pose_token = True
-    vit = ViT(
-        s["width"], s["depth"], s["heads"], image_size, patch_size, pose_token, drop_path, trainable_positions,
-        **options,
-    )  # fmt: skip
-    shape = f"{size}, {patch_size} px patches, [CLS]{' and [POSE]' if pose_token else ''}"
+    if meta:
+        size, patch, pose_token = (
+            meta["size"],
+            int(meta["patch_size"]),
+            meta["pose_token"] == "True",
+        )
+    if cfg.height % patch or cfg.width % patch:
+        sides = f"height={cfg.height} and width={cfg.width}"
+        raise UserError(f"{sides} must be multiples of the patch side, {patch} px")
+    s, sides = SIZES[size], (cfg.height, cfg.width)
+    shape = s["width"], s["depth"], s["heads"], sides, patch, pose_token, drop_path, True
+    with torch.device("meta"):  # counted before it is claimed
+        check_memory(ViT(*shape), 0, torch.device("cpu"))
+    vit = ViT(*shape, checkpoint_activations=cfg.checkpoint_activations)
+    about = f"{size}, {patch} px patches, [CLS]{' and [POSE]' if pose_token else ''}"
     if path is None:
-        return vit, size, f"encoder from scratch ({shape})"
-    return vit, size, f"encoder {path} ({shape}): {load_file_into(vit, path, state)}"
+        return vit, f"encoder from scratch ({about})"
+    return vit, f"encoder {path} ({about}): {load_into(vit, path, state)}"
 
 
-def load_file_into(vit, path, state=None):
+def load_into(vit, path, state=None):
     """load_pretrained from a file, or from the state it held.
 
     → a clause that says which weights were used, which not, which were missing.
     """
-    meta = encoder_meta(path)
-    grid = (int(meta["height"]) // vit.patch_size, int(meta["width_px"]) // vit.patch_size) if meta else None
+    meta, grid = encoder_meta(path), None
+    if meta:
+        grid = int(meta["height"]) // vit.patch_size, int(meta["width_px"]) // vit.patch_size
     used, unused, missing = load_pretrained(vit, state or load_checkpoint(path), path, grid)
-    return f"{len(used)} weights used; not used: {short_list(unused)}; not in the file: {short_list(missing)}"
+    used = f"{len(used)} weights used; not used: {short_list(unused)}"
+    return f"{used}; not in the file: {short_list(missing)}"
 
 
 def encoder_meta(path):
-    """What our encoder.safetensors says of itself, as text: size, height, width_px, patch_size, …; else {}.
+    """What our encoder.safetensors says of itself, as text: size, height, width_px, patch_size, …;
+    of another file {}.
 
     Raises UserError for a file that cannot be read, or that says it otherwise than meta_of does.
     """
     if path is None or not str(path).endswith(".safetensors"):
         return {}
-    try:
-        with safe_open(path, "pt") as file:
+    with reading(path, "safetensors"):
+        with safe_open(regular(path), "pt") as file:
             meta = json.loads((file.metadata() or {}).get("encoder", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not meta:
-        return {}
-    try:
-        known = meta["size"] in SIZES and meta["pose_token"] in ("True", "False")
-        known = known and min(int(meta[name]) for name in ("height", "width_px", "patch_size")) > 0
-    except (KeyError, TypeError, ValueError):
-        known = False
-    if not known:
-        raise UserError(f'{path}: its metadata "encoder" is not what this project writes; check where the file is from')
+        if meta:
+            numbers = [int(meta[name]) for name in ("height", "width_px", "patch_size")]
+            known = meta["size"] in SIZES and meta["pose_token"] in ("True", "False")
+            if not known or min(numbers) < 1:
+                raise ValueError("its size, tokens or sides are not as this project writes them")
     return meta
 
 
-def meta_of(encoder, size):
+def meta_of(encoder):
     """What is written beside an encoder's weights: all that is needed to build it again."""
-    H, W = encoder.image_size
-    return dict(
-        size=size, width=encoder.width, depth=encoder.depth, heads=SIZES[size]["heads"], height=H, width_px=W,
-        patch_size=encoder.patch_size, pose_token=encoder.n_special == 2,
-    )  # fmt: skip
+    shape = dict(width=encoder.width, depth=encoder.depth, heads=encoder.blocks[0].attn.heads)
+    size = next(name for name, s in SIZES.items() if shape.items() <= s.items())
+    (H, W), p = encoder.image_size, encoder.patch_size
+    token = encoder.pose_token is not None
+    return dict(size=size, **shape, height=H, width_px=W, patch_size=p, pose_token=token)
 
 
-def use_meta(cfg, stage, mark, *names):
-    """With weights=, the file of a finished run of `stage` decides about the model: its settings replace cfg's.
+def take_settings(cfg, stage, mark, *names):
+    """With weights=, the file of a finished run of `stage` decides about the model: its settings
+    replace cfg's.
 
-    These are size, patch, pose_token, height, width and the stage's own `names`. mark: an entry only its files have.
+    These are size, patch, pose_token, height, width and the stage's own `names`. mark: an entry
+    that only its files have.
     → (all that the file says, as text; {} without weights=; a sentence with the keys it changed).
     Raises UserError for any other file.
     """
+    if not cfg.weights:
+        return {}, ""
     meta, written = encoder_meta(cfg.weights), {"patch": "patch_size", "width": "width_px"}
-    if cfg.weights and mark not in meta:
+    if mark not in meta:
         raise UserError(f"{cfg.weights} is no model.safetensors of {stage}")
     changed = []
-    try:
-        for name in ("size", "patch", "pose_token", "height", "width", *names) if cfg.weights else ():
-            text, kind = meta[written.get(name, name)], type(getattr(cfg, name, True))
-            value = text == "True" if kind is bool else kind(text)
-            if hasattr(cfg, name) and getattr(cfg, name) != value:
-                changed.append(f"{name}={value} (not {getattr(cfg, name)})")
+    with reading(cfg.weights, f"a model of {stage}") as place:
+        for name in ("size", "patch", "pose_token", "height", "width", *names):
+            place.at = f"its {name}"
+            text, old = meta[written.get(name, name)], getattr(cfg, name)
+            value = text == "True" if isinstance(old, bool) else type(old)(text)
+            if value != old:
+                changed.append(f"{name}={value} (not {old})")
             setattr(cfg, name, value)
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{cfg.weights} does not say its {name} as {stage} writes it; check the file") from None
-    return meta, f"model {cfg.weights}" + (f", which sets {', '.join(changed)}" if changed else "")
+    sets = f", which sets {', '.join(changed)}" if changed else ""
+    return meta, f"model {cfg.weights}{sets}"
 
 
 def short_list(names):
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "none"
+    if not names:
+        return "none"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,41 +1,68 @@
-"""How generate.py's work is shared out, and how it survives a kill.
+"""Work in chunks that survives a kill: generate.py's pictures and the records of them.
 
-The units of work (poses, source pictures, people) are made in chunks. A chunk counts once its record .parts/N.jsonl is
-written, after its pictures: so a killed run, started again with any number of ranks and workers, does what is missing,
-and the set comes out the same. Record: a line of the chunk's own counts, then a line per picture or skipped pose.
+The units of work (poses, source pictures, people) are made in chunks. A chunk counts once its
+record .parts/N.jsonl is written, after its pictures. So a killed run, started again with any number
+of ranks and workers, makes what is missing, and the set comes out the same. What a power cut broke
+is made again.
 
-`cfg` is generate.py's config. A unit's pictures depend on (seed, unit) only.
+Record: a line about the chunk (its units and files, how many rows follow, pictures painted again),
+then a row per picture or skipped pose. A unit's pictures depend on (seed, unit) only. `cfg` is
+generate.py's config.
 """
 
-import contextlib
-import errno
 import io
 import json
-import multiprocessing
 import os
-import threading
+import shutil
+import sys
+import time
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from common import PICTURE, seed_of
-from plumbing.config import UserError
+from plumbing.errors import UserError, reading
+from plumbing.files import read_json, regular, write_atomic
+from plumbing.pictures import picture_fault
+from plumbing.process import end_with_main
 
 
 class Chunks(Dataset):
-    """Chunk number → made, written and recorded → pictures written. In this process or in a DataLoader's workers.
+    """Chunk number → made, written and recorded → rows with a picture. Here or in loaders.
 
-    make(units of the chunk) → ([(PIL picture or None, row)], pictures painted again). folder: where, below cfg.out,
-    the rows' file_name is.
+    units: whole numbers. make(units of a chunk) → ([(files, row)], pictures painted again), where
+    `files` are a row's pictures, {path below cfg.out: PIL picture}.
     """
 
-    def __init__(self, cfg, units, make, folder):
-        self.cfg, self.units, self.make, self.folder = cfg, units, make, folder
+    def __init__(self, cfg, units, make):
+        self.cfg, self.units, self.make = cfg, units, make
+        self.out, self.parts = Path(cfg.out), Path(cfg.out) / ".parts"
+        self.count = -(-len(units) // cfg.chunk)  # rounded up
+        self.names = {self.path(number).name for number in range(self.count)}
+
+    def units_of(self, number):
+        first = number * self.cfg.chunk
+        return [int(unit) for unit in self.units[first : first + self.cfg.chunk]]
 
     def __getitem__(self, number):
-        units = self.units[number * self.cfg.chunk : (number + 1) * self.cfg.chunk]
-        return write_chunk(self.cfg, number, *self.make(units), self.folder)
+        """Pictures first, the record last: without its record a chunk was never made."""
+        units, names = self.units_of(number), []
+        rows, again = self.make(units)
+        for files, _ in rows:
+            for name, picture in files.items():
+                content = encoded(picture, Path(name).suffix, self.cfg.quality)
+                if not (self.out / name).parent.exists():
+                    (self.out / name).parent.mkdir(exist_ok=True)
+                # Flushing each to the disk would take longer than drawing it. After a power cut
+                # `is_whole` looks at the pictures.
+                put(self.out / name, content, durable=False)
+            names += files
+        about = dict(units=units, files=names, rows=len(rows), again=again)
+        lines = [json.dumps(line) + "\n" for line in [about, *(row for _, row in rows)]]
+        put(self.path(number), "".join(lines).encode())
+        return sum(len(files) > 0 for files, _ in rows)
 
     def made(self, numbers, workers):
         """Iterate over the chunks of these numbers, made by so many processes (0: by this one)."""
@@ -43,76 +70,160 @@ class Chunks(Dataset):
         start = dict(num_workers=workers, worker_init_fn=end_with_main)
         return DataLoader(self, sampler=numbers, **one, **start)
 
+    def path(self, number):
+        return self.parts / f"{number:07d}.jsonl"
 
-def end_with_main(worker):
-    """worker_init_fn: a DataLoader's worker ends with its main process, even if that was killed.
+    def recorded(self):
+        """How many chunks are recorded so far, by all ranks."""
+        return len(self.names.intersection(os.listdir(self.parts)))
 
-    Whoever restarts it does the worker's chunk. Holds under fork, forkserver and spawn: the main
-    process keeps the end of a pipe open. torch itself looks at the parent's id, which under
-    forkserver is the fork server's, and would wait for ever.
-    """
-    main = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()
+    def record(self, number):
+        """→ (what the record says of its chunk, the rows); UserError where it is not whole."""
+        path = self.path(number)
+        with reading(path, "a record of this run; run the same command again"):
+            lines = Path(regular(path)).read_bytes().splitlines()
+            about, *rows = [json.loads(line) for line in lines]
+            if about["units"] != self.units_of(number) or about["rows"] != len(rows):
+                raise ValueError("it is cut short or of another run")
+        return about, rows
+
+    def rows(self):
+        """All rows, in order; one record is held at a time."""
+        for number in range(self.count):
+            yield from self.record(number)[1]
+
+    def pictures(self):
+        """The rows of pictures."""
+        return (row for row in self.rows() if "file_name" in row)
+
+    def groups(self, n, K, most):
+        """→ `most` of the n groups of K pictures, evenly out of them, as lists of K rows."""
+        chosen = np.linspace(0, n - 1, min(most, n)).round().astype(int).tolist()
+        groups = {group: [] for group in chosen}
+        for i, row in enumerate(self.pictures()):
+            if i // K in groups:
+                groups[i // K].append(row)
+        return list(groups.values())
+
+    def summary(self, K):
+        """→ (counts of a set with K pictures of each pose, rows of the poses that were skipped)."""
+        pictures, again, skipped, oks = 0, 0, [], []
+        for number in range(self.count):
+            about, rows = self.record(number)
+            again += about["again"]
+            pictures += sum("file_name" in row for row in rows)
+            skipped += [row for row in rows if "skipped" in row]
+            oks += [row["oks"] for row in rows if "oks" in row]
+        counts = dict(pictures=pictures, poses=pictures // K, painted_again=again)
+        if oks:
+            low, middle, high = np.percentile(oks, [10, 50, 90]).round(4).tolist()
+            mean = round(float(np.mean(oks)), 4)
+            counts["oks"] = dict(mean=mean, p10=low, median=middle, p90=high)
+        return counts, skipped
+
+    def is_whole(self, number):
+        """Is the chunk recorded, and are the record and all its pictures as they were written?"""
+        try:
+            names = self.record(number)[0]["files"]
+            return not any(picture_fault(self.out / name) for name in names)
+        except UserError:
+            return False
+
+    def missing(self, ranks):
+        """Numbers of this rank's chunks that are still to be made. A broken record is removed, so
+        after a barrier `recorded` tells the truth."""
+        self.parts.mkdir(exist_ok=True)
+        own = range(ranks.rank, self.count, ranks.world)
+        missing = [number for number in own if not self.is_whole(number)]
+        for number in missing:
+            self.path(number).unlink(missing_ok=True)
+        return missing
 
 
-def write_chunk(cfg, number, rows, retried, folder):
-    """Pictures first, the record last: without its record a chunk was never made. → pictures written."""
-    lines = [{"retried": retried}]
-    for picture, row in rows:
-        if picture is not None:
-            row["size"] = picture.size
-            put(Path(cfg.out) / folder / row["file_name"], encoded(picture, cfg.picture_format, cfg.quality))
-        lines.append(row)
-    put(record_path(cfg, number), "".join(json.dumps(line) + "\n" for line in lines).encode())
-    return sum(picture is not None for picture, _ in rows)
+class Progress:
+    """A bar on stderr, for people; in `log`, an open file, a line per chunk of rank 0, for
+    programs. log None: neither, for the other ranks."""
+
+    def __init__(self, work, log, about):
+        self.work, self.log, self.made = work, log, 0
+        self.start, self.before = time.perf_counter(), work.recorded()
+        if log is not None:
+            print(f"{about}; {self.before} of {work.count} chunks are there", file=sys.stderr)
+        of = dict(total=work.count, initial=self.before, desc="generate", unit="chunk")
+        self.bar = tqdm(**of, disable=log is None, dynamic_ncols=True, mininterval=1.0)
+
+    def add(self, pictures):
+        """Another chunk of this rank is made, with so many pictures."""
+        self.made += pictures
+        if self.log is not None:
+            self.bar.update(self.work.recorded() - self.bar.n)
+            row = dict(step=self.bar.n, pictures_of_rank_0=self.made)
+            rate = self.made / (time.perf_counter() - self.start)
+            row["pictures_per_second_of_rank_0"] = float(f"{rate:.6g}")
+            self.log.write(json.dumps(row) + "\n")
+            self.log.flush()
+
+    def wait_for_ranks(self):
+        """Until all chunks are recorded. By files, not at a barrier: a process group gives up
+        before the slowest rank of a long job is done."""
+        while self.work.recorded() < self.work.count:
+            time.sleep(0.2)
+            self.bar.update(self.work.recorded() - self.bar.n)
+        self.bar.close()
+
+    def rate(self, pictures):
+        """Pictures per second since the start; `pictures`: of the whole set."""
+        share = 1 - self.before / self.work.count
+        return round(share * pictures / max(time.perf_counter() - self.start, 1e-9), 2)
 
 
-def record_path(cfg, number):
-    return Path(cfg.out) / ".parts" / f"{number:07d}.jsonl"
+def same_size(jobs, batch):
+    """Jobs (source, k) → batches of sources of one size. What shares a batch depends on the jobs
+    alone: sorting is stable."""
+    jobs = sorted(jobs, key=lambda job: job[0].size)
+    for _, same in groupby(jobs, key=lambda job: job[0].size):
+        same = list(same)
+        yield from (same[i : i + batch] for i in range(0, len(same), batch))
 
 
-def recorded(cfg):
-    """Chunks done so far by all ranks."""
-    return sum(name.endswith(".jsonl") and name[0] != "." for name in os.listdir(Path(cfg.out) / ".parts"))
+def mark_done(out):
+    os.sync()  # the pictures reach the disk before the word that they are there
+    (out / "done").touch()
+    clean_up(out)
 
 
-def read_records(cfg, count):
-    """All lines of all chunks, in order."""
-    for number in range(count):
-        with open(record_path(cfg, number), encoding="utf-8") as file:
-            yield from map(json.loads, file)
+def clean_up(out):
+    """Remove what a finished run needs no more, and what a killed one left half-written."""
+    if (out / ".parts").exists():
+        shutil.rmtree(out / ".parts")
+    for stray in [*out.glob(".*.part"), *out.glob("*/.*.part")]:
+        stray.unlink(missing_ok=True)
 
 
-def picture_seed(seed, unit, k, attempt=0):
-    """Noise seed of picture k of a unit: a function of (seed, unit, k); a refused picture moves on to the next."""
-    return seed_of(PICTURE, seed, unit, k, attempt)
+def report(out):
+    """Print what a person wants to know of a finished run."""
+    for name, value in read_json(out / "summary.json").items():
+        if name != "poses_skipped":
+            print(f"{name.replace('_', ' ')}: {value or 'none'}")
+    print(f"look at {out / 'sheet.png'}")
 
 
-def person_row(cfg, pose, k, keypoints, box, area, caption, seed):
-    """The annotation of one picture, all but its running numbers. keypoints (17, 3) and box (x y w h) in its pixels."""
-    keypoints = np.asarray(keypoints, float).tolist()
-    keypoints = [[round(x, 2), round(y, 2), int(v)] if v > 0 else [0, 0, 0] for x, y, v in keypoints]
-    row = dict(keypoints=sum(keypoints, []), num_keypoints=sum(v > 0 for *_, v in keypoints), bbox=box)
-    row |= dict(area=round(area, 2), iscrowd=0, pose_id=pose, k=k, caption=caption, seed=seed)
-    return row | dict(file_name=f"{pose}_{k}.{cfg.picture_format}")
+def person_row(keypoints, box, area):
+    """An annotation's fields about its person. keypoints (17, 3), box (x y w h): px."""
+    points = []
+    for x, y, v in np.asarray(keypoints, float).tolist():
+        points += [round(x, 2), round(y, 2), int(v)] if v > 0 else [0, 0, 0]
+    seen = sum(v > 0 for v in points[2::3])
+    row = dict(keypoints=points, num_keypoints=seen, bbox=box)
+    return row | dict(area=round(area, 2), iscrowd=0)
 
 
-def encoded(picture, kind, quality=95):
+def encoded(picture, suffix, quality):
     buffer = io.BytesIO()
-    picture.save(buffer, format={"jpg": "JPEG", "png": "PNG"}[kind], quality=quality)  # PNG heeds no quality
+    kind = {".jpg": "JPEG", ".png": "PNG"}[suffix]
+    picture.save(buffer, format=kind, quality=quality)  # PNG heeds no quality
     return buffer.getvalue()
 
 
-def put(path, data):
-    """Write a file in one step. The temporary name is this process's own: a worker of a killed run may still write."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        # A DataLoader's worker hands on an error's text, not its number.
-        raise UserError(f"disk full while writing {path}: free space, then run the same command") from None
+def put(path, content, durable=True):
+    write_atomic(path, lambda part: part.write_bytes(content), durable)

@@ -1,16 +1,31 @@
-"""The offline generator: a kinematic 3-D body, drawn in any clothes from any side, in place of a diffusion model.
+"""The offline generator: a kinematic 3-D body, drawn in any clothes from any side.
 
-Read in this order: figure.py (who is drawn, and the way of one picture), body.py (joints, limits,
-sampled poses, camera), lift.py (real 2-D poses made drawable), canvas.py and person.py (shapes and
-what they are made of), scene.py (places and cameras' faults), people_set.py (people seen by several
-cameras, in the layout of the ReID, attribute and caption sets).
+It stands where a pose-conditioned diffusion model stands in Stage 1: one pose, many people, clothes
+and places. Read in this order: pose_set.py (the pictures of a pose, as generate.py wants them),
+figure.py (who is drawn, and the way of one picture), body.py (joints, limits, sampled poses,
+camera), lift.py (real 2-D poses made drawable), canvas.py and person.py (shapes, and what they are
+made of), scene.py (places, and a camera's faults), people_set.py (people seen by several cameras,
+in the layout of the ReID, attribute and caption sets).
 """
 
+from puppet import people_set, pose_set
 from puppet.body import PARTS, J, Poses, project, sample_poses, take
 from puppet.figure import Identities, attributes, render, sample_identities, sentence
-from puppet.lift import LSP_JOINTS, lsp_to_coco, poses_from_keypoints
+from puppet.lift import LSP_JOINTS, coco17, lsp_to_coco, poses_from_keypoints
 from puppet.scene import Scenes, sample_scenes
 
-__all__ = ["PARTS", "J", "Poses", "take", "sample_poses", "project"]
-__all__ += ["LSP_JOINTS", "lsp_to_coco", "poses_from_keypoints"]
-__all__ += ["Identities", "sample_identities", "attributes", "sentence", "Scenes", "sample_scenes", "render"]
+KEYS = pose_set.KEYS | people_set.KEYS  # of generate.py
+
+__all__ = [
+    "KEYS",
+    "people_set",
+    "pose_set",
+    "PARTS",
+    "J",
+    "Poses",
+    "take",
+    "sample_poses",
+    "project",
+]
+__all__ += ["LSP_JOINTS", "coco17", "lsp_to_coco", "poses_from_keypoints", "Scenes"]
+__all__ += ["sample_scenes", "Identities", "sample_identities", "attributes", "sentence", "render"]

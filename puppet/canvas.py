@@ -1,6 +1,6 @@
-"""What the puppet is drawn with: a canvas, textures, and soft shaded shapes with a signed distance in pixels.
+"""What the puppet is drawn with: canvas, textures, soft shaded shapes with a signed distance in px.
 
-Legend: H, W picture · h, w the patch a shape covers (its own bounding box: nothing outside it is touched).
+Legend: H, W picture · h, w the patch that a shape covers, its bounding box: no other is touched.
 """
 
 from functools import lru_cache
@@ -10,7 +10,7 @@ import numpy as np
 
 @lru_cache
 def texture_bank():
-    """Tiling noise, fixed for ever: fractal (512, 512) float32 about 0 ± 1, fine (512, 512), white (3, 512, 512)."""
+    """Tiling noise, always the same: fractal and fine (512, 512), white (3, 512, 512); 0 ± 1."""
     rng = np.random.default_rng(2404)
     f = np.hypot(np.fft.fftfreq(512)[:, None], np.fft.fftfreq(512)[None]) * 512
     spectrum = np.fft.fft2(rng.standard_normal((512, 512)))
@@ -23,7 +23,8 @@ def texture_bank():
 
 def patch(field, y, x, h, w, zoom):
     """An (h, w) window of a tiling field, `zoom` field pixels per picture pixel."""
-    rows, columns = (np.arange(h) * zoom + y).astype(int) & 511, (np.arange(w) * zoom + x).astype(int) & 511
+    rows = (np.arange(h) * zoom + y).astype(int) & 511
+    columns = (np.arange(w) * zoom + x).astype(int) & 511
     return field[..., rows[:, None], columns]
 
 
@@ -36,22 +37,23 @@ class Canvas:
         self.light, self.ambient = scene["light"], scene["ambient"]
 
     def window(self, low, high):
-        """Bounding box in px → rows, columns, x (1, w), y (h, 1) of it in the picture; w or h is 0 when outside."""
+        """Bounding box in px → rows, columns, x (1, w), y (h, 1); outside of it w or h is 0."""
         x0, y0 = max(0, int(low[0] - 1.5)), max(0, int(low[1] - 1.5))
         x1, y1 = max(x0, min(self.W, int(high[0] + 2.5))), max(y0, min(self.H, int(high[1] + 2.5)))
-        x, y = np.arange(x0, x1, dtype=np.float32)[None], np.arange(y0, y1, dtype=np.float32)[:, None]
+        x = np.arange(x0, x1, dtype=np.float32)[None]
+        y = np.arange(y0, y1, dtype=np.float32)[:, None]
         return slice(y0, y1), slice(x0, x1), x, y
 
     def shade(self, nx, ny):
-        """Cylindrical shading: (h, w) brightness of a surface with this normal (nx, ny, -nz), towards us."""
+        """(h, w) brightness of a surface whose normal (nx, ny, -nz) points towards us."""
         nz = np.sqrt(np.maximum(0, 1 - nx * nx - ny * ny))
         lit = nx * self.light[0] + ny * self.light[1] - nz * self.light[2]
         return (self.ambient + (1.12 - self.ambient) * np.maximum(lit, 0)) * (0.76 + 0.24 * nz)
 
     def paint(self, rows, columns, distance, colour, part):
-        """Blend colour (3, 1 or h, 1 or w) where the signed distance (h, w), px, is negative; half a pixel soft.
+        """Blend colour (3, 1 or h, 1 or w) in where the distance (h, w) in px is negative.
 
-        part: value (or map of values) for the part map where the shape covers half a pixel; None leaves it.
+        part: value (or map of values) of the part map where half a pixel is covered; None: as is.
         """
         alpha = np.clip(0.5 - distance, 0, 1)
         where = self.image[:, rows, columns]
@@ -60,11 +62,13 @@ class Canvas:
             np.copyto(self.parts[rows, columns], part, where=alpha > 0.5)
 
 
-def segment(x, y, a, b, ra, rb, bump=0.0):
-    """Tapered capsule from a (radius ra) to b (rb), `bump` px thicker in the middle.
+def segment(x, y, bone):
+    """Tapered capsule, bone = (a, b, ra, rb, bump) px: from a (radius ra) to b (rb), `bump` thicker
+    in the middle.
 
     → distance (h, w) px, u (h, w) 0..1 along, (qx, qy) offset from the axis, radius.
     """
+    a, b, ra, rb, bump = bone
     bx, by = float(b[0] - a[0]), float(b[1] - a[1])
     length2 = max(bx * bx + by * by, 1e-6)
     dx, dy = x - np.float32(a[0]), y - np.float32(a[1])
@@ -78,7 +82,7 @@ def segment(x, y, a, b, ra, rb, bump=0.0):
 
 
 def cloth(along, across, garment, per_metre):
-    """Colour (3, h, w) of a garment at texture coordinates in metres; stripes finer than a pixel fade."""
+    """Colour (3, h, w) of a garment at places in metres; stripes finer than a pixel fade."""
     rgb, second, pattern, period, origin, denim = garment
     sharp = np.float32(min(3.0, 0.45 * period * per_metre))
     k = np.float32(2 * np.pi / period)
@@ -104,18 +108,20 @@ def cloth(along, across, garment, per_metre):
     return out
 
 
-def limb(c, a, b, ra, rb, colour, part, s, bump=0.0, end=1.0, along0=0.0):
-    """Draw one limb segment from a to b (px), radii and bump in metres, s px per metre.
+def limb(c, bone, colour, part, s, cover=(0.0, 1.0)):
+    """Draw a capsule, bone = (a, b, ra, rb) or (a, b, ra, rb, bump): ends in px, radii in metres.
 
-    colour: an RGB (3,), or a garment tuple for `cloth`, whose texture starts `along0` metres down. end: the covered
-    share of the way (a sleeve).
+    colour: an RGB (3,), or a garment tuple for `cloth`. s: px per metre. cover: how many metres
+    down the limb its texture starts, and the covered share of the way (a sleeve).
     """
+    a, b, ra, rb, bump = (*bone, 0.0)[:5]
+    along0, end = cover
     ra, rb, bump = ra * s, rb * s, bump * s
     if end < 1:
         b, rb = a + (b - a) * end, ra + (rb - ra) * end
     r = max(ra, rb) + bump
     rows, columns, x, y = c.window(np.minimum(a, b) - r, np.maximum(a, b) + r)
-    d, u, qx, qy, r = segment(x, y, a, b, ra, rb, bump)
+    d, u, qx, qy, r = segment(x, y, (a, b, ra, rb, bump))
     bx, by = b - a
     length = max(np.hypot(bx, by), 1e-3)
     side = np.float32(by / length), np.float32(-bx / length)  # unit vector across the limb
@@ -139,23 +145,25 @@ def body_shape(c, segments, per_metre, blend=0.012):
     k = np.float32(blend * per_metre)
     total = 0.0
     for a, b, ra, rb, bump in segments:
-        d = segment(x, y, a, b, ra * per_metre, rb * per_metre, bump * per_metre)[0]
+        d = segment(x, y, (a, b, ra * per_metre, rb * per_metre, bump * per_metre))[0]
         total = total + np.exp(np.clip(d * (-1 / k), -60, 60))
     d = -k * np.log(total)
     nx, ny = np.zeros_like(d), np.zeros_like(d)
     nx[:, 1:-1], ny[1:-1] = (d[:, 2:] - d[:, :-2]) / 2, (d[2:] - d[:-2]) / 2
-    swell = np.clip(1 + d / np.float32(0.11 * per_metre), 0, 1)  # 0 in the flat middle, 1 at the border
+    # 0 in the flat middle, 1 at the border.
+    swell = np.clip(1 + d / np.float32(0.11 * per_metre), 0, 1)
     return rows, columns, x, y, d, c.shade(nx * swell, ny * swell)
 
 
 def ellipsoid(c, centre, frame, semi, per_metre):
-    """Ellipsoid with half-axes `semi` (m) along frame's rows (left, down, back): a face that is seen from any side.
+    """Ellipsoid with half-axes `semi` (m) along frame's rows: a face that is seen from any side.
 
     → rows, columns, distance, point on the unit sphere (left, up, front; each (h, w)), shade.
     """
     r = max(semi) * per_metre
     rows, columns, x, y = c.window(centre - r, centre + r)
-    qx, qy = (x - np.float32(centre[0])) / np.float32(per_metre), (y - np.float32(centre[1])) / np.float32(per_metre)
+    qx = (x - np.float32(centre[0])) / np.float32(per_metre)
+    qy = (y - np.float32(centre[1])) / np.float32(per_metre)
     m = (frame / np.array(semi)[:, None]).astype(np.float32)
     q = [m[i, 0] * qx + m[i, 1] * qy for i in range(3)]
     a = (m[:, 2] ** 2).sum()
@@ -164,7 +172,8 @@ def ellipsoid(c, centre, frame, semi, per_metre):
     z = (-b - np.sqrt(np.maximum(0, a * (1 - outline)))) / a
     n = [q[i] + z * m[i, 2] for i in range(3)]
     f = frame.astype(np.float32)
-    nx, ny = n[0] * f[0, 0] + n[1] * f[1, 0] + n[2] * f[2, 0], n[0] * f[0, 1] + n[1] * f[1, 1] + n[2] * f[2, 1]
+    nx = n[0] * f[0, 0] + n[1] * f[1, 0] + n[2] * f[2, 0]
+    ny = n[0] * f[0, 1] + n[1] * f[1, 1] + n[2] * f[2, 1]
     # px from the silhouette: value over gradient
     grad = [sum((q[i] - b / a * m[i, 2]) * m[i, axis] for i in range(3)) for axis in (0, 1)]
     root = np.sqrt(outline + 1e-6)

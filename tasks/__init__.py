@@ -1,1 +1,5 @@
-"""The numbers of the downstream tasks: losses, metrics, protocols. One file a task, read beside its stage script."""
+"""The numbers of the downstream tasks, each read beside its stage script.
+
+pose.py, pose_metrics.py: 2-D pose. ranking.py, reid.py: ReID. attributes.py. text.py: text-to-image
+ReID. features.py: one vector per picture. audit.py: how well generated people keep their pose.
+"""

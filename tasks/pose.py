@@ -1,27 +1,34 @@
-"""Top-down 2-D pose, the numbers: regions and warps (UDP), heat maps, DARK decoding, OKS, PCK.
+"""Top-down 2-D pose, from a person's box to his joints: picture, network, heat maps, decoding.
 
-Legend: B pictures on this rank · N people · K joints · H, W input picture · h, w heat map · xy in px.
-Frame: pixel centres at whole numbers (COCO's frame). UDP [UDP-Pose] measures in intervals between centres: a region of
-w px lands on the W − 1 intervals of the input, and the input's W − 1 intervals on the heat map's w − 1, so that a
-mirrored heat map fits the straight one without a shift.
+Legend: B people on this rank · N people of a file · K joints · D width · S special tokens ·
+H, W input · h, w heat map, 4 × the grid of patches · xy in px.
+Frame: pixel centres at whole numbers (COCO's frame). UDP [UDP-Pose] measures in intervals between
+centres: a region of w px lands on the W − 1 intervals of the input, and the input's W − 1 intervals
+on the heat map's w − 1, so that a mirrored heat map fits the straight one without a shift.
 """
 
-import contextlib
-import io
 import math
 
 import numpy as np
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils.data import Dataset
 
-from data import COCO_JOINTS
+from losses import GlobalBatchNorm
+from plumbing.errors import UserError
+from plumbing.pictures import load_picture
+from plumbing.seeds import SAMPLE, rng_of
 
-# ------------------------------------------------------------------------------------------------ regions and warps
+# -------------------------------------------------------------------------------- regions and warps
 
 
 def regions(boxes, aspect, padding=1.25):
-    """Boxes (N, 4) x y w h px → centre (N, 2) and extent (N, 2): widened to w/h = aspect, × padding [HRNet]."""
+    """Boxes (N, 4) x y w h → centre (N, 2) and extent (N, 2): widened to w/h = aspect, × padding.
+
+    [HRNet]
+    """
     boxes = np.asarray(boxes, np.float64)
     centre, extent = boxes[:, :2] + boxes[:, 2:] / 2, boxes[:, 2:]
     width = np.maximum(extent[:, 0], extent[:, 1] * aspect)
@@ -29,13 +36,17 @@ def regions(boxes, aspect, padding=1.25):
 
 
 def affine(centre, extent, size, degrees=0.0, mirror=False):
-    """(2, 3) matrix: input px → picture px. The region, turned by `degrees`, fills the input of `size` (H, W)."""
+    """(2, 3) matrix: input px → picture px. The region, turned by `degrees`, fills the input.
+
+    size: (H, W). mirror: left and right change places.
+    """
     H, W = size
     sx, sy = extent[0] / (W - 1), extent[1] / (H - 1)  # UDP: intervals, not pixels
     sx = -sx if mirror else sx
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     linear = np.array([[c * sx, -s * sy], [s * sx, c * sy]])
-    return np.concatenate([linear, (np.asarray(centre) - linear @ [(W - 1) / 2, (H - 1) / 2])[:, None]], 1)
+    shift = np.asarray(centre) - linear @ [(W - 1) / 2, (H - 1) / 2]
+    return np.concatenate([linear, shift[:, None]], 1)
 
 
 def to_picture(matrix, xy):
@@ -51,7 +62,8 @@ def to_input(matrix, xy):
 def warp(picture, matrix, size):
     """The input (H, W, 3) uint8 that `matrix` cuts from a PIL picture; bilinear, black outside.
 
-    deviates from [HRNet]: a picture more than twice too large is first shrunk by a whole factor, which avoids aliasing.
+    deviates from [HRNet]: a picture more than twice too large is first shrunk by a whole factor,
+    which avoids aliasing.
     """
     H, W = size
     linear, shift = matrix[:, :2], matrix[:, 2].copy()
@@ -65,21 +77,24 @@ def warp(picture, matrix, size):
             linear, shift = linear / factor, (shift - low - (factor - 1) / 2) / factor
     shift = shift + 0.5 - linear.sum(1) / 2  # Pillow counts from pixel edges
     data = (*linear[0], shift[0], *linear[1], shift[1])
-    return np.array(picture.transform((W, H), Image.Transform.AFFINE, data, Image.Resampling.BILINEAR))
+    how = Image.Transform.AFFINE, data, Image.Resampling.BILINEAR
+    return np.array(picture.transform((W, H), *how))
 
 
 UPPER_HALF = 0.6915  # P(N(0, 1) < .5) [HRNet]
-LOWER_BODY = ("hip", "knee", "ankle", "pelvis")  # by name, so that any joint set has two halves; as [HRNet] for COCO
+LOWER_BODY = ("hip", "knee", "ankle", "pelvis")  # ours: by name, for any joint set; COCO's as HRNet
 
 
 def lower_body(joints):
+    """K joint names → (K,) bool: does it belong to the lower half?"""
     return np.array([any(part in name for part in LOWER_BODY) for name in joints])
 
 
 def half_body(keypoints, lower, aspect, rng):
-    """Region of the upper or lower half [HRNet]: (centre, extent), or None with ≤ 8 visible joints or a half of ≤ 2.
+    """Region of the upper or the lower half [HRNet] → (centre, extent), or None.
 
-    keypoints (K, 3) px; lower (K,) bool; rng: `random`. The half's joints' bounding box, × 1.5, widened to the aspect.
+    The box of the half's joints, × 1.5, widened to the aspect. None with at most 8 visible joints,
+    or at most 2 in both halves. keypoints (K, 3) px; lower (K,) bool; rng has a random().
     The upper half comes with probability .69: HRNet and ViTPose ask if a normal number is below .5.
     """
     seen = keypoints[:, 2] > 0
@@ -95,13 +110,138 @@ def half_body(keypoints, lower, aspect, rng):
     return xy.mean(0).astype(np.float64), np.array([width, width / aspect])
 
 
-# -------------------------------------------------------------------------------------------- heat maps and decoding
+class PosePictures(Dataset):
+    """Item (epoch, index) → a person's input, a function of (seed, epoch, index).
+
+    Picture uint8 (3, H, W), keypoints (K, 3) input px, matrix (2, 3) of `affine`. Training adds a
+    mirror, half bodies, scale, rotation and a shift of the box [ViTPose].
+    """
+
+    def __init__(self, cfg, people, training):
+        self.people = people
+        self.cfg, self.training, self.size = cfg, training, (cfg.height, cfg.width)
+        self.aspect = cfg.width / cfg.height
+        self.centre, self.extent = regions(people.boxes, self.aspect, cfg.padding)
+        self.lower = lower_body(people.joints)
+
+    def __len__(self):
+        return len(self.people.files)
+
+    def name(self, index):
+        return f"{self.people.folder}/{self.people.files[index].decode()}"
+
+    def picture(self, index):
+        """The whole picture, RGB."""
+        people = self.people
+        return load_picture(people.folder, people.files[index], people.size[index])
+
+    def __getitem__(self, item):
+        epoch, index = item
+        keypoints = self.people.keypoints[index].copy()
+        centre, extent, degrees, mirror = self.centre[index], self.extent[index], 0.0, False
+        if self.training:
+            centre, extent, degrees, mirror = self.augment(epoch, index, keypoints)
+        matrix = affine(centre, extent, self.size, degrees, mirror)
+        keypoints[:, :2] = to_input(matrix, keypoints[:, :2])
+        if mirror:
+            keypoints = keypoints[self.people.flip]
+        pixels = torch.from_numpy(warp(self.picture(index), matrix, self.size))
+        sample = {"image": pixels.permute(2, 0, 1).contiguous(), "matrix": matrix, "index": index}
+        return sample | {"keypoints": torch.from_numpy(keypoints)}
+
+    def augment(self, epoch, index, keypoints):
+        """→ (centre, extent, degrees, mirror) of the region to cut out."""
+        cfg, rng = self.cfg, rng_of(SAMPLE, self.cfg.seed, epoch, index)
+        centre, extent, degrees = self.centre[index], self.extent[index], 0.0
+        mirror, half = rng.random() < cfg.flip, None
+        if rng.random() < cfg.half_body:
+            half = half_body(keypoints, self.lower, self.aspect, rng)
+            centre, extent = half or (centre, extent)
+        extent = extent * np.clip(rng.normal(1, cfg.scale), 1 - cfg.scale, 1 + cfg.scale)
+        if rng.random() < cfg.rotation_p:
+            most = 2 * cfg.rotation
+            degrees = float(np.clip(rng.normal(0, cfg.rotation), -most, most))
+        # deviates from [ViTPose]: drawn anew in each epoch. There a person keeps one shift.
+        if rng.random() < cfg.shift and half is None:
+            centre = centre + rng.uniform(-0.2, 0.2, 2) * self.people.boxes[index, 2:]
+        return centre, extent, degrees, mirror
+
+
+# ------------------------------------------------------------------------------------------ network
+
+POSE_TOKENS = ("drop", "add", "add_cls_pose")
+
+
+class PoseModel(nn.Module):
+    """ViT → patch tokens → head → heat maps.
+
+    Special tokens: drop; add [POSE] to every patch; add_cls_pose: add both.
+    """
+
+    def __init__(self, encoder, head, tokens):
+        super().__init__()
+        self.encoder, self.head, self.tokens = encoder, head, tokens
+        if tokens != "drop" and encoder.n_special < 2:
+            needs = f"tokens={tokens} needs an encoder with [POSE]"
+            raise UserError(f"{needs}; this one has none: use tokens=drop")
+
+    def forward(self, images, drop_noise=None):
+        """images (B, 3, H, W) normalised, drop_noise (2·depth, B) → heat maps (B, K, h, w)."""
+        x = self.encoder(images, drop_noise=drop_noise)  # (B, S + patches, D)
+        special, patches = x.tensor_split([self.encoder.n_special], 1)
+        # paper silent: how [POSE] takes part downstream. HAP drops [CLS].
+        if self.tokens == "add":
+            patches = patches + special[:, 1:]
+        elif self.tokens == "add_cls_pose":
+            patches = patches + special.sum(1, keepdim=True)
+        return self.head(patches, self.encoder.grid)
+
+
+class ClassicHead(nn.Module):
+    """[ViTPose] classic: 2 × [deconvolution 4×4 stride 2, batch norm, ReLU], then 1×1."""
+
+    def __init__(self, width, n_joints, channels=256):  # 256 [ViTPose]
+        super().__init__()
+        layers = []
+        for a in (width, channels):
+            layers.append(nn.ConvTranspose2d(a, channels, 4, 2, 1, bias=False))
+            layers += [GlobalBatchNorm(channels), nn.ReLU(True)]
+        self.deconv_layers = nn.Sequential(*layers)
+        self.final_layer = nn.Conv2d(channels, n_joints, 1)
+        for module in self.modules():  # N(0, .001) [ViTPose]
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.normal_(module.weight, std=0.001)
+        nn.init.zeros_(self.final_layer.bias)
+
+    def forward(self, tokens, grid):
+        """Patch tokens (B, patches, D) and their grid → heat maps (B, K, h, w)."""
+        return self.final_layer(self.deconv_layers(tokens.transpose(1, 2).unflatten(2, grid)))
+
+
+class SimpleHead(nn.Module):
+    """[ViTPose] simple: ReLU, bilinear × 4, one 3×3 convolution."""
+
+    def __init__(self, width, n_joints):
+        super().__init__()
+        self.final_layer = nn.Conv2d(width, n_joints, 3, padding=1)
+        nn.init.normal_(self.final_layer.weight, std=0.001)  # [ViTPose]
+        nn.init.zeros_(self.final_layer.bias)
+
+    def forward(self, tokens, grid):
+        """Patch tokens (B, patches, D) and their grid → heat maps (B, K, h, w)."""
+        x = tokens.transpose(1, 2).unflatten(2, grid).relu()
+        x = F.interpolate(x, scale_factor=4, mode="bilinear", align_corners=False)
+        return self.final_layer(x)
+
+
+# --------------------------------------------------------------------------- heat maps and decoding
 
 
 def heat_maps(keypoints, size, map_size, sigma=2.0):
-    """UDP targets: keypoints (B, K, 3) input px + visibility → maps (B, K, h, w) with peak 1, weight (B, K) 0 or 1.
+    """UDP targets: keypoints (B, K, 3) input px and visibility → maps (B, K, h, w), weight (B, K).
 
-    The Gaussian's centre is not rounded. A joint is weighted 0 if missing or if its 3σ square misses the map [HRNet].
+    Maps have peak 1; a Gaussian's centre is not rounded. Weights are 0 or 1: a joint counts not if
+    it is missing or if its 3σ square misses the map [HRNet].
     deviates from [HRNet]: Gaussians are not cut off at 3σ (there they are 0.011).
     """
     (H, W), (h, w) = size, map_size
@@ -117,7 +257,10 @@ def heat_maps(keypoints, size, map_size, sigma=2.0):
 
 
 def heat_map_loss(pred, target, weight):
-    """L = 1/(B·K·h·w) Σ (v_k (pred − target))²: missing joints count as zero error [ViTPose]. float32 or wider."""
+    """L = 1/(B·K·h·w) Σ (v_k (pred − target))²: missing joints count as zero error [ViTPose].
+
+    pred, target (B, K, h, w), weight (B, K). float32 or wider inside.
+    """
     pred = pred.float() if pred.dtype != torch.float64 else pred
     return ((pred - target).square().mean((2, 3)) * weight.square()).mean()
 
@@ -125,15 +268,18 @@ def heat_map_loss(pred, target, weight):
 def decode(heat, size, blur=11):
     """UDP-DARK: heat maps (B, K, h, w) → (B, K, 3) float32 x, y in input px and the peak's height.
 
-    Newton step on the blurred map's logarithm from its highest pixel: μ = m − H⁻¹ ∇ [DARK]; blur 11 px, σ 2 [ViTPose].
-    deviates from [ViTPose]: zeros beyond the border, not a mirror image, which pulls joints near it by up to 2 px.
+    A Newton step on the blurred map's logarithm from its highest pixel: μ = m − H⁻¹ ∇ [DARK];
+    blur 11 px, σ 2 [ViTPose].
+    deviates from [ViTPose]: zeros beyond the border, not a mirror image, which pulls joints near
+    it by up to 2 px.
     """
     heat = heat.float()
     (B, K, h, w), (H, W) = heat.shape, size
     score, place = heat.flatten(2).max(2)
     x, y = place % w, place // w
     offsets = torch.arange(blur, device=heat.device) - blur // 2
-    kernel = torch.exp(-(offsets**2) / (2 * (0.3 * ((blur - 1) * 0.5 - 1) + 0.8) ** 2))  # σ as OpenCV derives it
+    sigma = 0.3 * ((blur - 1) * 0.5 - 1) + 0.8  # as OpenCV derives it
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).view(1, 1, 1, blur)
     smooth = F.conv2d(heat.reshape(B * K, 1, h, w), kernel, padding=(0, blur // 2))
     smooth = F.conv2d(smooth, kernel.transpose(2, 3), padding=(blur // 2, 0))
@@ -141,6 +287,7 @@ def decode(heat, size, blur=11):
     log = F.pad(smooth.clamp(1e-3, 50).log(), [1] * 4, mode="replicate").view(B, K, -1)
 
     def at(dx, dy):
+        """The map (B, K) dx, dy px from each peak."""
         return log.gather(2, ((y + 1 + dy) * (w + 2) + x + 1 + dx).unsqueeze(2)).squeeze(2)
 
     m = at(0, 0)
@@ -148,215 +295,12 @@ def decode(heat, size, blur=11):
     gxx, gyy = at(1, 0) - 2 * m + at(-1, 0), at(0, 1) - 2 * m + at(0, -1)
     gxy = (at(1, 1) - at(1, 0) - at(0, 1) + 2 * m - at(-1, 0) - at(0, -1) + at(-1, -1)) / 2
     det = gxx * gyy - gxy * gxy
-    # A flat or saddle-shaped map has no peak to step to: stay on the pixel. Ours: never step further than 2 px.
+    # A flat or saddle-shaped map has no peak to step to: stay on the pixel.
     peak = (det > 1e-9) & (gxx < 0)
     det = torch.where(peak, det, 1.0)
+    # Ours: never step further than 2 px.
     step_x = torch.where(peak, (gyy * gx - gxy * gy) / det, 0.0).clamp(-2, 2)
     step_y = torch.where(peak, (gxx * gy - gxy * gx) / det, 0.0).clamp(-2, 2)
-    return torch.stack([(x - step_x) * (W - 1) / (w - 1), (y - step_y) * (H - 1) / (h - 1), score], 2)
-
-
-# -------------------------------------------------------------------------------------------------------------- OKS
-
-COCO_SIGMAS = dict(
-    zip(COCO_JOINTS, [0.026] + [0.025] * 2 + [0.035] * 2 + [0.079] * 2 + [0.072] * 2 + [0.062] * 2 + [0.107] * 2
-        + [0.087] * 2 + [0.089] * 2)
-)  # fmt: skip
-PUBLISHED_SIGMAS = {  # joint names in the file's order → (source, σ per joint)
-    tuple(COCO_JOINTS): ("COCO's", list(COCO_SIGMAS.values())),
-    tuple(
-        "left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist left_hip right_hip left_knee "
-        "right_knee left_ankle right_ankle head neck".split()
-    ): (
-        "CrowdPose's",
-        [0.079, 0.079, 0.072, 0.072, 0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089, 0.079, 0.079],
-    ),
-    tuple(
-        "right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist right_hip right_knee right_ankle "
-        "left_hip left_knee left_ankle head_top neck".split()
-    ): (
-        "AIC's",
-        [0.01388152, 0.01515228, 0.01057665, 0.01417709, 0.01497891, 0.01402144, 0.03909642, 0.03686941]
-        + [0.01981803, 0.03843971, 0.03412318, 0.02415081, 0.01291456, 0.01236173],
-    ),
-}  # fmt: skip
-BOX_AREA = 0.53  # person area ÷ box area where an annotation has none [CrowdPose's evaluator]
-# Easy, medium and hard pictures by their crowdIndex, as CrowdPose's evaluator divides them. (Its
-# paper writes that easy ones end at .1; published figures come from the evaluator.)
-CROWD_LEVELS = {"easy": (-math.inf, 0.2), "medium": (0.2, 0.8), "hard": (0.8, math.inf)}
-
-
-def oks_sigmas(joints):
-    """Joint names → (σ (K,), where they come from). Sets without published σ: ours, by name from COCO's.
-
-    Ours: joints COCO lacks get its shoulder's .079 (head, neck, thorax), the pelvis the hip's .107.
-    """
-    if tuple(joints) in PUBLISHED_SIGMAS:
-        source, sigmas = PUBLISHED_SIGMAS[tuple(joints)]
-        return np.array(sigmas), f"{source} published sigmas"
-    sigmas = [COCO_SIGMAS.get(name, 0.107 if name == "pelvis" else 0.079) for name in joints]
-    return np.array(sigmas), "our sigmas (this joint set has no published ones; not comparable with other work)"
-
-
-def area_from_box(joints):
-    """Is a person's area .53 × box, whatever the file says? [CrowdPose's evaluator; mmpose: AIC]"""
-    return PUBLISHED_SIGMAS.get(tuple(joints), ("", []))[0] in ("CrowdPose's", "AIC's")
-
-
-def oks(xy, truth, area, sigmas):
-    """Object keypoint similarity of poses xy (..., K, 2) with truth (..., K, 3) of area (...); NaN without joints."""
-    seen = truth[..., 2] > 0
-    # OKS = Σ_k [v_k] exp(−d_k² / (2 s² (2σ_k)²)) / Σ_k [v_k],  s² = area
-    square = ((xy - truth[..., :2]) ** 2).sum(-1)
-    e = square / (np.asarray(area)[..., None] + np.spacing(1)) / (2 * (2 * np.asarray(sigmas)) ** 2)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (np.exp(-e) * seen).sum(-1) / seen.sum(-1)
-
-
-def oks_nms(poses, scores, areas, sigmas, threshold=0.9):
-    """Ids of the kept poses (N, K, 2) of one picture, best first: a pose closer than .9 to a kept one goes [HRNet].
-
-    Every joint counts; the area of a pair is the mean of their regions' areas.
-    """
-    order, keep = np.argsort(-np.asarray(scores), kind="stable"), []
-    while len(order):
-        best, order = order[0], order[1:]
-        keep.append(int(best))
-        truth = np.concatenate([poses[best], np.ones((poses.shape[1], 1))], 1)
-        pair = (areas[best] + areas[order]) / 2
-        order = order[oks(poses[order], np.broadcast_to(truth, (len(order), *truth.shape)), pair, sigmas) <= threshold]
-    return keep
-
-
-def without_duplicates(people, found, score, aspect, padding, threshold):
-    """Ids that OKS-NMS keeps of poses (N, K, 3), picture by picture. Area: that of the padded region [HRNet]."""
-    area, keep = regions(people.boxes, aspect, padding)[1].prod(1), []
-    for image in np.unique(people.image_id):
-        rows = np.flatnonzero(people.image_id == image)
-        xy = found[rows, :, :2].astype(np.float64)
-        keep.append(rows[oks_nms(xy, score[rows], area[rows], oks_sigmas(people.joints)[0], threshold)])
-    return np.concatenate(keep)
-
-
-def nearest_poses(truth, image_id, found, sigmas):
-    """Of each annotated person (truth: People) the most similar of the poses found (N, K, 3) in picture image_id (N,).
-
-    → (the poses (T, K, 3), their OKS (T,)); zeros where a picture has none.
-    """
-    best, similar = np.zeros_like(truth.keypoints), np.zeros(len(truth.files))
-    for i, image in enumerate(truth.image_id):
-        rows = np.flatnonzero(image_id == image)
-        if len(rows):
-            goal = np.broadcast_to(truth.keypoints[i], (len(rows), *truth.keypoints[i].shape))
-            near = oks(found[rows][..., :2], goal, np.full(len(rows), truth.area[i]), sigmas)
-            best[i], similar[i] = found[rows[near.argmax()]], near.max()
-    return best, similar
-
-
-def pose_score(box_score, joint_scores, floor=0.2):
-    """Box score × mean of the joint scores above .2 (0 if there is none) [HRNet]. joint_scores (N, K)."""
-    above = joint_scores > floor
-    return np.asarray(box_score) * (joint_scores * above).sum(1) / np.maximum(above.sum(1), 1)
-
-
-def coco_metrics(document, results, sigmas, bad_images=()):
-    """OKS-AP and AR by pycocotools. document: COCO JSON as read; results: COCO keypoint results.
-
-    People without joints (num_keypoints 0) and crowds are ignored as pycocotools does. Pictures
-    named in `bad_images` (ids) are left out. → dict of fractions, None where a class is empty.
-    AP_medium and AP_large go by a person's size. Where all pictures have a crowdIndex,
-    AP_crowd_easy, _medium and _hard are the AP of such pictures alone.
-    """
-    from pycocotools.coco import COCO  # here alone: the puppet, which scores no pose, works without
-    from pycocotools.cocoeval import COCOeval
-
-    names = "AP AP50 AP75 AP_medium AP_large AR AR50 AR75 AR_medium AR_large".split()
-    images = [image for image in document["images"] if image["id"] not in set(bad_images)]
-    levels = CROWD_LEVELS if all("crowdIndex" in image for image in images) else {}
-    if not results:
-        return dict.fromkeys([*names, *(f"AP_crowd_{level}" for level in levels)], 0.0)
-    truth = COCO()
-    truth.dataset = document
-
-    def figures(ids):
-        evaluation = COCOeval(truth, found, "keypoints")
-        evaluation.params.kpt_oks_sigmas = np.asarray(sigmas)
-        evaluation.params.imgIds, evaluation.params.catIds = ids, [results[0]["category_id"]]
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-        return [float(v) if v >= 0 else None for v in evaluation.stats]
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth.createIndex()
-        found = truth.loadRes([dict(row) for row in results])
-        out = dict(zip(names, figures(sorted(image["id"] for image in images))))
-        for level, (low, high) in levels.items():
-            ids = sorted(image["id"] for image in images if low <= image["crowdIndex"] < high)
-            out[f"AP_crowd_{level}"] = figures(ids)[0] if ids else None
-    return out
-
-
-# -------------------------------------------------------------------------------------------------------------- PCK
-
-
-def pck(xy, truth, reference, threshold):
-    """Share of labelled joints within threshold · reference px of the truth.
-
-    xy (N, K, 2), truth (N, K, 3), reference (N,) px; people whose reference is not > 0 are left out.
-    → (pooled over all joints, per joint (K,) with NaN where none is labelled, people left out).
-    """
-    usable = np.asarray(reference) > 0
-    seen = (truth[..., 2] > 0) & usable[:, None]
-    near = np.linalg.norm(xy - truth[..., :2], axis=-1) <= threshold * np.asarray(reference)[:, None]
-    count = seen.sum(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return float((near & seen).sum() / count.sum()), (near & seen).sum(0) / count, int((~usable).sum())
-
-
-def torso_size(truth, joints):
-    """(N,) px, left shoulder to right hip [MODEC], or the other diagonal where one end is missing; NaN without both."""
-    size = np.full(len(truth), np.nan)
-    for pair in (("right_shoulder", "left_hip"), ("left_shoulder", "right_hip")):  # the last one counts
-        if set(pair) <= set(joints):
-            a, b = (truth[:, joints.index(name)] for name in pair)
-            both = (a[:, 2] > 0) & (b[:, 2] > 0)
-            size[both] = np.linalg.norm(a[both, :2] - b[both, :2], axis=1)
-    return size
-
-
-def head_size(truth, joints):
-    """(N,) px from head_top to upper_neck, NaN where one is missing: stands in for MPII's head box (ours)."""
-    a, b = (truth[:, joints.index(name)] for name in ("head_top", "upper_neck"))
-    return np.where((a[:, 2] > 0) & (b[:, 2] > 0), np.linalg.norm(a[:, :2] - b[:, :2], axis=1), np.nan)
-
-
-def pck_metrics(xy, truth, joints, heads=None):
-    """PCK@.2 of the torso and, for MPII's joints, PCKh@.5: xy (N, K, 2), truth (N, K, 3) px → (figures, full account).
-
-    heads: MPII's official (head size (N,) px, labelled (N, K), joints (N, K, 2) px), which alone
-    decide about PCKh then, or None: head size and joints of the list.
-    Figures that no labelled joint of a person with such a reference counts for are left out.
-    """
-    xy, truth, flat, full = xy.astype(np.float64), truth.astype(np.float64), {}, {}
-
-    def per_joint(values):
-        return {name: None if np.isnan(v) else float(v) for name, v in zip(joints, values)}
-
-    share, each, left_out = pck(xy, truth, torso_size(truth, joints), 0.2)
-    if not np.isnan(share):
-        flat["PCK@.2"] = share
-        full = {"PCK@.2": share, "torso": "left shoulder to right hip, else the other diagonal"}
-        full |= {"people_without_torso": left_out, "PCK@.2_per_joint": per_joint(each)}
-    if {"head_top", "upper_neck"} <= set(joints):
-        head, source = head_size(truth, joints), "head_top to upper_neck (ours: no official .mat given)"
-        if heads:
-            head, source = heads[0], "0.6 × diagonal of the official head box"
-            truth = np.concatenate([heads[2], heads[1][..., None] * 2], 2)
-        counted = [j for j in range(len(joints)) if joints[j] not in ("pelvis", "thorax")]  # [MPII]
-        share, _, left_out = pck(xy[:, counted], truth[:, counted], head, 0.5)
-        if not np.isnan(share):
-            flat["PCKh@.5"] = share
-            full |= {"PCKh@.5": share, "head_size": source, "people_without_head": left_out}
-            full["PCKh@.5_per_joint"] = per_joint(pck(xy, truth, head, 0.5)[1])
-    return flat, full
+    return torch.stack(
+        [(x - step_x) * (W - 1) / (w - 1), (y - step_y) * (H - 1) / (h - 1), score], 2
+    )

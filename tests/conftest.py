@@ -1,4 +1,6 @@
-"""Shared by all tests: the repository on the path, one thread, small pictures of people made on the spot."""
+"""Shared by all tests: the repository on the path, one thread, small pictures of people made on the
+spot.
+"""
 
 import os
 import re
@@ -22,7 +24,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def data_root():
-    """Real pictures (GENPOCCL_DATA); tests that need them are skipped by name where it is not set."""
+    """Real pictures (GENPOCCL_DATA); tests that need them are skipped where it is not set."""
     root = os.environ.get("GENPOCCL_DATA")
     if not root:
         pytest.skip("GENPOCCL_DATA is not set: no real pictures")
@@ -41,19 +43,27 @@ def check_fields(path):
 
 
 def run_script(script, *arguments, ranks=1, timeout=300, start_only=False):
-    """Run a stage as a user does, under torchrun for several ranks. → CompletedProcess, or Popen if start_only."""
+    """Run a stage as a user does, under torchrun for several ranks. → CompletedProcess, or Popen if
+    start_only.
+    """
     command = [sys.executable]
     if ranks > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     command += [str(ROOT / script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if start_only:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def kill_after(script, *arguments, lines, log, timeout=120):
-    """Start a stage, SIGKILL it once its log has that many lines, and say whether it was killed before its end."""
+    """Start a stage, SIGKILL it once its log has that many lines, and say whether it was killed
+    before its end.
+    """
     process = run_script(script, *arguments, start_only=True)
     end = time.time() + timeout
     while process.poll() is None and time.time() < end:
@@ -64,3 +74,20 @@ def kill_after(script, *arguments, lines, log, timeout=120):
     process.wait()
     process.stderr.close()
     return process.returncode == -signal.SIGKILL
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory):
+    """A random BERT two layers deep, saved as a real one is."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("bert")
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] . , ! a person in shirt and trousers that are above"
+    words += " them top red green blue"
+    (folder / "vocab.txt").write_text("\n".join(words.split()) + "\n")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    config = BertConfig(vocab_size=len(words.split()), max_position_embeddings=40, **shape)
+    BertModel(config).save_pretrained(folder)
+    return folder

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import DataLoader
 
-from plumbing.batches import WholeRun
+from plumbing.loading import StepSampler
 
 DEVICE = torch.device("cuda", 0)
 INDEXING = ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
@@ -53,7 +53,10 @@ class PretendCuda(TorchDispatchMode):
         change(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         change(torch.backends.cudnn, "enabled", False)  # cuDNN's LSTM asks a driver
         # Only a driver makes a CUDA generator, and without content no number is drawn.
-        change("common.generator_of", lambda *key, device="cpu": torch.Generator())
+        change("plumbing.seeds.generator_of", lambda key, device: torch.Generator())
+        # Tensors loaded from a file have no values either.
+        change("plumbing.files.is_finite", lambda tensor: True)
+        change("formats.weights.is_finite", lambda tensor: True)
         self.fake.__enter__()
         return super().__enter__()
 
@@ -64,7 +67,7 @@ class PretendCuda(TorchDispatchMode):
 
     def batches(self, loader, source):
         """A loader's batches. What follows one of training is watched; evaluation may wait."""
-        training = isinstance(loader.batch_sampler, WholeRun)
+        training = isinstance(loader.batch_sampler, StepSampler)
         for self.step, batch in enumerate(source):
             if training and self.step == self.steps:
                 raise EndOfSteps

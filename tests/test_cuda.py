@@ -22,8 +22,9 @@ import data
 import generate
 import model
 from formats import coco
-from plumbing.batches import PoseBatches, WholeRun, training_loader
-from plumbing.config import UserError
+from plumbing import seeds
+from plumbing.errors import UserError
+from plumbing.loading import StepSampler, training_loader
 
 TINY = dict(width=32, depth=2, heads=2, decoder_width=32, decoder_depth=1, decoder_heads=2)
 ALL = "size=tiny patch=16 height=64 width=32 workers=0 log_every=1 save_every=1000 epochs=1"
@@ -104,7 +105,8 @@ def run(root, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [f"{stage}.py", *keys.split()])
             if "device=" not in more:
-                patch.setattr(module, "start_ranks", lambda *_: (0, world, DEVICE))
+                ranks = common.Ranks(0, world, DEVICE)
+                patch.setattr(common, "start_ranks", lambda *_: ranks)
             module.main()
 
     return main
@@ -124,6 +126,7 @@ def two_ranks(monkeypatch):
         parts[:] = [own, own]
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(dist, "broadcast_object_list", lambda objects, source: None)
     dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
     yield
     dist.destroy_process_group()
@@ -207,7 +210,7 @@ def test_no_step_waits_for_the_device(stage, more, run):
 )
 def test_no_step_of_two_ranks_waits(stage, more, run, monkeypatch, two_ranks):
     """With the arguments moved to the device as DistributedDataParallel does it."""
-    monkeypatch.setattr(module_of(stage), "distributed", MovesArguments)
+    monkeypatch.setattr(common, "distributed", MovesArguments)
     with PretendCuda(steps=2) as cuda, pytest.raises(EndOfSteps):
         run(stage, more, world=2)
     assert not cuda.waits, "\n".join(dict.fromkeys(cuda.waits))
@@ -303,9 +306,12 @@ def test_a_precision_that_is_refused_leaves_no_run_folder(stage, run, gpus, tmp_
 @pytest.mark.parametrize("stage", STAGES)
 def test_cuda_follows_the_cpu(stage, run, tmp_path, monkeypatch):
     """Float32, the same random numbers: losses and gradient norms of an epoch's steps."""
-    module = module_of(stage)
-    on_cpu = lambda *args: common.rank_noise(*args[:-1], "cpu").to(args[-1])  # noqa: E731
-    monkeypatch.setattr(module, "rank_noise", on_cpu, raising=False)
+
+    def on_cpu(key, batch, columns, ranks):
+        host = ranks._replace(device=torch.device("cpu"))
+        return seeds.rank_noise(key, batch, columns, host).to(ranks.device)
+
+    monkeypatch.setattr(common, "rank_noise", on_cpu)
     for device in ("cpu", "cuda"):
         run(stage, f"precision=fp32 device={device}", out=device)
     for cpu, cuda in zip(rows(tmp_path / "cpu"), rows(tmp_path / "cuda"), strict=True):
@@ -317,8 +323,7 @@ def test_cuda_follows_the_cpu(stage, run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_killed_run_goes_on(stage, run, tmp_path, monkeypatch, record_property):
     """As near as sums without a fixed order allow. Whether bit for bit is recorded, not asked."""
-    module = module_of(stage)
-    save, saved = module.save_checkpoint, []
+    save, saved = common.save_checkpoint, []
 
     def killed(*args, **more):
         save(*args, **more)
@@ -328,7 +333,7 @@ def test_a_killed_run_goes_on(stage, run, tmp_path, monkeypatch, record_property
 
     for out in ("plain", "killed"):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "save_checkpoint", killed if out == "killed" else save)
+            patch.setattr(common, "save_checkpoint", killed if out == "killed" else save)
             with pytest.raises(EndOfSteps) if out == "killed" else contextlib.nullcontext():
                 run(stage, "device=cuda save_every=1", out=out)
     run(stage, "device=cuda save_every=1", out="killed")
@@ -346,7 +351,7 @@ def test_torch_sees_no_step_wait(stage, more, run, monkeypatch):
     iterate = DataLoader.__iter__
 
     def watched(loader):
-        training = isinstance(loader.batch_sampler, WholeRun)
+        training = isinstance(loader.batch_sampler, StepSampler)
         for number, batch in enumerate(iterate(loader)):
             if training and number == 2:
                 raise EndOfSteps
@@ -376,8 +381,8 @@ def test_training_batches_are_pinned(root):
     people = coco.read_people(f"{root}/set/annotations.json")[0]
     dataset = data.PretrainPictures([people], (64, 32), 0)
     for workers in (0, 1):
-        batches = PoseBatches(dataset, 8, 2, [], 0)
-        sample = next(iter(training_loader(dataset, batches.run(0, 2), workers, DEVICE)))
+        batches = data.PoseBatches(dataset, 8, 2, [], 0, common.Ranks(0, 1, DEVICE))
+        sample = next(iter(training_loader(dataset, batches.steps(0, 2), workers, DEVICE)))
         assert sample["image"].is_pinned() and sample["keypoints"].is_pinned()
 
 
@@ -399,7 +404,9 @@ def test_nccl_in_a_world_of_one(tmp_path):
         dist.all_gather_into_tensor(out, torch.arange(3.0, device=DEVICE))
         dist.all_reduce(out)
         common.barrier()
-        assert out.tolist() == [0, 1, 2] and common.gather_rows(["a"], 1) == ["a"]
+        assert out.tolist() == [0, 1, 2] and common.gather_rows(
+            ["a"], common.Ranks(0, 1, DEVICE)
+        ) == ["a"]
     finally:
         dist.destroy_process_group()
 

@@ -1,5 +1,7 @@
-"""Attributes: metrics against plain loops and scikit-learn, the loss against a loop, readers of the official files,
-averaged weights, training that learns, ranks, resume after a kill, prediction, and errors in one line."""
+"""Attributes: metrics against plain loops and scikit-learn, the loss against a loop, readers of the
+official files, averaged weights, training that learns, ranks, resume after a kill, prediction, and
+errors in one line.
+"""
 
 import csv
 import json
@@ -16,12 +18,10 @@ from scipy.io import savemat
 from sklearn.metrics import balanced_accuracy_score, jaccard_score, precision_score, recall_score
 
 import finetune_par
-from common import load_checkpoint
-from drawing import sheets
+from common import EpochBatches, Ranks, UserError, load_checkpoint
+from drawing import results as sheets
 from finetune_par import attribute_metrics, weighted_bce
-from plumbing.batches import EpochBatches
-from plumbing.config import UserError
-from tasks import attributes
+from formats.attributes import read_attributes
 
 TINY = ["size=tiny", "patch=8", "height=32", "width=16", "pad=2", "log_every=1"]
 MACHINE = ["precision=fp32", "workers=0", "device=cpu"]
@@ -29,13 +29,14 @@ COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220)}
 
 
 def write_people(folder, kind, n, seed=0):
-    """n pictures of one colour with CSV of red, dark, always (never negative), never (never positive)."""
+    """n pictures of one colour with CSV of red, dark, always and never (there)."""
     rng = np.random.default_rng(seed)
     (folder / kind).mkdir(parents=True, exist_ok=True)
     rows = [["image", "red", "dark", "always", "never"]]
     for i in range(n):
         red, dark = int(rng.random() < 0.5), int(rng.random() < 0.4)
-        pixels = rng.normal(COLOURS["red" if red else "blue"], 12, (32, 16, 3)) * (0.35 if dark else 1)
+        pixels = rng.normal(COLOURS["red" if red else "blue"], 12, (32, 16, 3))
+        pixels = pixels * (0.35 if dark else 1)
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / kind / f"{i}.png")
         rows.append([f"{kind}/{i}.png", red, dark, 1, 0])
     with open(folder / f"{kind}.csv", "w", newline="") as file:
@@ -46,7 +47,8 @@ def write_people(folder, kind, n, seed=0):
 @pytest.fixture(scope="module")
 def people(tmp_path_factory):
     folder = tmp_path_factory.mktemp("people")
-    return {kind: write_people(folder, kind, n, n) for kind, n in (("train", 24), ("val", 9), ("test", 7))}
+    counts = {"train": 24, "val": 9, "test": 7}
+    return {kind: write_people(folder, kind, n, n) for kind, n in counts.items()}
 
 
 def args(people, out, *more, kinds=("train", "test")):
@@ -73,7 +75,8 @@ def slow_metrics(p, y):
         prec.append(len(yes & true) / len(yes) if yes else 0)
         rec.append(len(yes & true) / len(true) if true else 0)
     P, R = np.mean(prec), np.mean(rec)
-    return dict(mA=np.mean(ma), accuracy=np.mean(acc), precision=P, recall=R, f1=2 * P * R / (P + R) if P + R else 0)
+    f1 = 2 * P * R / (P + R) if P + R else 0
+    return dict(mA=np.mean(ma), accuracy=np.mean(acc), precision=P, recall=R, f1=f1)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -86,7 +89,8 @@ def test_metrics_equal_loops_with_lonely_attributes_and_empty_pictures(seed):
     got = attribute_metrics(p, y)
     for name, value in slow_metrics(p, y).items():
         assert got[name] == pytest.approx(value, abs=1e-12), name
-    assert not got["both"][:2].any() and got["mA_both"] == pytest.approx(got["attribute_mA"][got["both"]].mean())
+    assert not got["both"][:2].any()
+    assert got["mA_both"] == pytest.approx(got["attribute_mA"][got["both"]].mean())
     assert all(np.isfinite(v).all() for v in got.values())
     as_tensors = attribute_metrics(torch.from_numpy(p), torch.from_numpy(y))
     assert as_tensors["mA"] == got["mA"] and as_tensors["f1"] == got["f1"]
@@ -98,7 +102,8 @@ def test_metrics_equal_scikit_learn():
     yes, got = (p > 0.5).astype(int), attribute_metrics(p, y)
     each = [balanced_accuracy_score(y[:, j], yes[:, j]) for j in range(5)]
     assert got["mA"] == pytest.approx(np.mean(each))
-    for name, score in (("accuracy", jaccard_score), ("precision", precision_score), ("recall", recall_score)):
+    scores = dict(accuracy=jaccard_score, precision=precision_score, recall=recall_score)
+    for name, score in scores.items():
         assert got[name] == pytest.approx(score(y, yes, average="samples", zero_division=0)), name
 
 
@@ -114,10 +119,9 @@ def test_metrics_by_hand():
     with pytest.raises(UserError, match="not a number"):
         attribute_metrics(p * np.nan, y)
     p[0, 1] = 0.5 + 1e-12  # yes in float64, no in float32
-    assert (
-        attribute_metrics(torch.from_numpy(p), torch.from_numpy(y))["accuracy"] == attribute_metrics(p, y)["accuracy"]
-    )
-    assert attribute_metrics(torch.from_numpy(p).bfloat16(), torch.from_numpy(y))["accuracy"] == 0.75
+    tensors = torch.from_numpy(p), torch.from_numpy(y)
+    assert attribute_metrics(*tensors)["accuracy"] == attribute_metrics(p, y)["accuracy"]
+    assert attribute_metrics(tensors[0].bfloat16(), tensors[1])["accuracy"] == 0.75
 
 
 def test_loss_equals_a_loop_and_its_gradient():
@@ -166,9 +170,11 @@ def test_readers_of_official_files(tmp_path):
         blank(tmp_path / "pa" / "data", names[kind])
     savemat(tmp_path / "pa" / "annotation.mat", data)
     cfg = config(dataset="pa100k", annotation=tmp_path / "pa" / "annotation.mat", trainval=True)
-    found, splits, report = attributes.read_attributes(cfg)
-    assert found == ["Female", "Hat"] and len(splits["train"].files) == 5 and "3 train, 2 val, 2 test" in report
-    np.testing.assert_array_equal(splits["train"].labels, np.concatenate([data["train_label"], data["val_label"]]))
+    found, splits, report = read_attributes(cfg)
+    assert found == ["Female", "Hat"] and "3 train, 2 val, 2 test" in report
+    assert len(splits["train"].files) == 5
+    both = np.concatenate([data["train_label"], data["val_label"]])
+    np.testing.assert_array_equal(splits["train"].labels, both)
     assert splits["test"].files[1].endswith("test1.jpg")
 
     # PETA: four id columns, 105 attributes of which 35 count, 1-based splits
@@ -183,7 +189,7 @@ def test_readers_of_official_files(tmp_path):
     blank(tmp_path / "peta" / "images", [f"{i:05d}.png" for i in range(1, 7)])
     savemat(tmp_path / "peta" / "PETA.mat", {"peta": peta})
     cfg = config(dataset="peta", annotation=tmp_path / "peta" / "PETA.mat", split=1)
-    found, splits, _ = attributes.read_attributes(cfg)
+    found, splits, _ = read_attributes(cfg)
     assert found == [f"a{i}" for i in range(35)]
     assert [os.path.basename(f) for f in splits["train"].files] == ["00002.png", "00002.png"]
     np.testing.assert_array_equal(splits["test"].labels, labels[3:, :35])
@@ -197,7 +203,7 @@ def test_readers_of_official_files(tmp_path):
     path = tmp_path / "rap" / "RAP_annotation.mat"
     savemat(path, {"RAP_annotation": rap})
     rap_v2 = config(dataset="rap", annotation=path, split=4)
-    found, splits, report = attributes.read_attributes(rap_v2)
+    found, splits, report = read_attributes(rap_v2)
     assert found == ["b1", "b3", "b7"]
     uncertain = int((labels[:, [1, 3, 7]] == 2).sum())
     assert uncertain and f"; {uncertain} uncertain labels taken as 0" in report
@@ -206,22 +212,23 @@ def test_readers_of_official_files(tmp_path):
     labels[4, 3] = 3
     savemat(path, {"RAP_annotation": rap})
     with pytest.raises(UserError, match="labels of value 3.0 in test; 0, 1 and 2"):
-        attributes.read_attributes(rap_v2)
+        read_attributes(rap_v2)
     for name in files[:3]:  # to evaluate, the test pictures are enough
         (tmp_path / "rap" / "RAP_dataset" / name).unlink()
     labels[4, 3] = 1
     savemat(path, {"RAP_annotation": rap})
     test_only = config(dataset="rap", annotation=path, eval_only=True, select="val", trainval=True)
-    assert [*attributes.read_attributes(test_only)[1]] == ["test"]
+    assert [*read_attributes(test_only)[1]] == ["test"]
     blank(tmp_path / "rap" / "RAP_dataset", files)
 
     # RAP v1: fields by place, train + test only, 92 attributes of which 51 count
     labels = rng.integers(0, 2, (5, 92))
     part = [{"trainval": [[1, 3]], "test": [[2, 4, 5]]}] * 5
     v1 = {"partion": cell(part), "label": labels, "attribute_chn": cell(["?"] * 92)}
-    v1 |= {"attribute_eng": cell([f"c{i}" for i in range(92)]), "position": labels, "imagesname": cell(files)}
+    v1 |= {"attribute_eng": cell([f"c{i}" for i in range(92)]), "position": labels}
+    v1 |= {"imagesname": cell(files)}
     savemat(path, {"RAP_annotation": v1})
-    found, splits, _ = attributes.read_attributes(config(dataset="rap", annotation=path))
+    found, splits, _ = read_attributes(config(dataset="rap", annotation=path))
     assert len(found) == 51 and not splits["val"].files
     np.testing.assert_array_equal(splits["test"].labels, labels[[1, 3, 4], :51])
 
@@ -232,49 +239,56 @@ def test_bad_annotation_is_one_clear_line(tmp_path, people):
         data |= {f"{kind}_images_name": cell(["x.jpg", "y.jpg"]), f"{kind}_label": np.zeros((3, 2))}
     path = tmp_path / "annotation.mat"
     savemat(path, data)
+    csvs = {"train": people["train"], "test": people["test"]}
     for more, message in (
-        ({"dataset": "pa100k", "annotation": path}, r"labels of shape \(3, 2\) for 2 train pictures"),
-        ({"dataset": "peta", "annotation": path}, 'no variable "peta"'),
+        ({"dataset": "pa100k", "annotation": path}, r"labels of shape \(3, 2\) for 2 train pict"),
+        ({"dataset": "peta", "annotation": path}, "as PETA's annotation: KeyError 'peta'"),
         ({"dataset": "pa100k", "annotation": tmp_path / "none.mat"}, "cannot read"),
         ({"dataset": "pa100k", "annotation": people["train"]}, "cannot read .* as a .mat file"),
-        ({"train": people["train"], "test": people["test"], "images": str(tmp_path)}, "is missing .*set images="),
-        ({"train": people["train"], "test": people["test"], "select": "val"}, "no validation pictures"),
+        (csvs | {"images": str(tmp_path)}, "is missing .*set images="),
+        (csvs | {"select": "val"}, "no validation pictures"),
     ):
         with pytest.raises(UserError, match=message):
-            attributes.read_attributes(config(**more))
+            read_attributes(config(**more))
     bad = tmp_path / "bad.csv"
     for text, message in (
         ("image,red\na.png,2\n", "line 2"),
         ("image,red\na.png\n", "line 2"),
+        ("image,red\n\na.png,1\na.png,²\n", "line 4"),
         ("red\n1\n", "must start with"),
         ("", "must start with"),
         ("image,red\n", "a split is empty"),
     ):
         bad.write_text(text)
         with pytest.raises(UserError, match=message):
-            attributes.read_attributes(config(train=str(bad), test=str(bad)))
+            read_attributes(config(train=str(bad), test=str(bad)))
 
 
 def test_a_mat_of_another_layout_is_one_clear_line(tmp_path):
     path = tmp_path / "annotation.mat"
     part = cell([{"train": [[1]], "val": [[2]], "test": [[3]]}] * 2)
-    rap = {"name": cell(["a", "b"]), "data": np.eye(2), "attribute": cell(["x", "y"]), "selected_attribute": [[1, 2]]}
+    rap = {"name": cell(["a", "b"]), "data": np.eye(2), "attribute": cell(["x", "y"])}
+    rap |= {"selected_attribute": [[1, 2]]}
+    zero = cell([{"train_index": [[0]], "val_index": [[1]], "test_index": [[2]]}] * 2)
     for dataset, document in (
         ("peta", {"peta": dict(data=np.arange(9), names=cell(["a"]), selected=1, partition=part)}),
         ("peta", {"peta": dict(data=np.eye(40), names=cell(["a"]), selected=1, partition=7)}),
         ("rap", {"RAP_annotation": {f"field{i}": i for i in range(6)}}),
         ("rap", {"RAP_annotation": rap | {"partition_attribute": [1, 2, 3]}}),
         ("rap", {"RAP_annotation": rap | {"selected_attribute": 9, "partition_attribute": part}}),
+        ("rap", {"RAP_annotation": rap | {"selected_attribute": 0, "partition_attribute": part}}),
+        ("rap", {"RAP_annotation": rap | {"partition_attribute": zero}}),  # numbers are from 1
     ):
         savemat(path, document)
-        with pytest.raises(UserError, match=f"annotation.mat is not laid out as {dataset} is: ") as caught:
-            attributes.read_attributes(config(dataset=dataset, annotation=path))
+        kind = f"{dataset.upper()}'s annotation"
+        with pytest.raises(UserError, match=f"annotation.mat as {kind}: \\w+Error ") as caught:
+            read_attributes(config(dataset=dataset, annotation=path))
         assert "\n" not in str(caught.value)
     whole = path.read_bytes()
     for size in (0, 60, 200, len(whole) - 9):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match=r"cannot read .* as a .mat file"):
-            attributes.read_attributes(config(dataset="rap", annotation=path))
+            read_attributes(config(dataset="rap", annotation=path))
 
 
 @pytest.mark.parametrize("kind", ["train", "test"])
@@ -306,7 +320,7 @@ def test_average_is_the_stated_recursion():
 def test_weights_decay_everywhere_and_without_an_average_the_last_ones_count():
     """As HAP trains: BN_WD, so no parameter is spared; ema=0 on PETA and RAP."""
     cfg = config(size="tiny", patch=8, height=32, width=16, ema=0.0, weight_decay=0.5)
-    model, _, _ = finetune_par.build_model(cfg, list("ab"))
+    model, _ = finetune_par.build_model(cfg, list("ab"))
     run_ = finetune_par.Run(model, cfg)
     for group in run_.optimizer.param_groups:
         group["lr"] = 0.1
@@ -324,20 +338,24 @@ def test_weights_decay_everywhere_and_without_an_average_the_last_ones_count():
 
 
 def test_epoch_batches_cover_an_epoch_and_ranks_share_them():
-    whole = [set(map(tuple, b)) for b in EpochBatches(11, 4, 3).run(0, 4)]
-    halves = [[set(map(tuple, b)) for b in EpochBatches(11, 4, 3, rank, 2).run(0, 4)] for rank in range(2)]
+    alone, cpu = Ranks(0, 1, torch.device("cpu")), torch.device("cpu")
+    steps = list(EpochBatches(11, 4, 3, alone).steps(0, 4))
+    whole = [set(map(tuple, b)) for b in steps]
+    two = [EpochBatches(11, 4, 3, Ranks(rank, 2, cpu)) for rank in range(2)]
+    halves = [[set(map(tuple, b)) for b in batches.steps(0, 4)] for batches in two]
     assert [a | b for a, b in zip(*halves)] == whole and all(len(b) == 4 for b in whole)
     assert not whole[0] & whole[1]
-    assert list(EpochBatches(11, 4, 3).run(3, 4)) == list(EpochBatches(11, 4, 3).run(0, 4))[3:]
+    assert list(EpochBatches(11, 4, 3, alone).steps(3, 4)) == steps[3:]
     with pytest.raises(UserError, match="batch=4 does not split over 3 ranks"):
-        EpochBatches(11, 4, 3, 0, 3)
+        EpochBatches(11, 4, 3, Ranks(0, 3, cpu))
     with pytest.raises(UserError, match="larger than the 11 training samples"):
-        EpochBatches(11, 12, 3)
+        EpochBatches(11, 12, 3, alone)
 
 
 def test_one_batch_is_overfitted():
     torch.manual_seed(0)
-    model, _, _ = finetune_par.build_model(config(size="tiny", patch=8, height=32, width=16), list("abc"))
+    cfg = config(size="tiny", patch=8, height=32, width=16)
+    model, _ = finetune_par.build_model(cfg, list("abc"))
     images, labels = torch.randn(8, 3, 32, 16), torch.randint(0, 2, (8, 3))
     optimizer, ratio = torch.optim.AdamW(model.parameters(), 1e-3), (labels == 1).float().mean(0)
     for _ in range(30):
@@ -357,7 +375,8 @@ def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, mo
     assert "never positive in train: never" in said and "never negative in test: always" in said
     assert "one class only in test" in said and "reported epoch" in said
     got = json.loads((tmp_path / "a" / "metrics.json").read_text())
-    assert got["pictures"] == 7 and got["mA_both"] > 0.9 and got["one_class_only"] == ["always", "never"]
+    assert got["pictures"] == 7 and got["mA_both"] > 0.9
+    assert got["one_class_only"] == ["always", "never"]
     lines = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     assert len([line for line in lines if "val_mA" in line]) == 6
     best = max(line["val_mA"] for line in lines if "val_mA" in line)
@@ -372,6 +391,7 @@ def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, mo
     run(monkeypatch, [weights, "eval_only=true", *test])  # no training file is needed
     for name in ("metrics.json", "attributes.csv"):
         assert (tmp_path / "b" / name).read_text() == (tmp_path / "a" / name).read_text(), name
+    assert not (tmp_path / "b" / "log.jsonl").exists()  # it has no steps
     said = capfd.readouterr().err
     assert "model.safetensors, which sets size=tiny (not base), patch=8 (not 16)" in said
     folder = os.path.splitext(people["test"])[0]
@@ -379,7 +399,10 @@ def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, mo
     rows = list(csv.DictReader(open(tmp_path / "c" / "predictions.csv")))
     truth = {row["image"].split("/")[1]: row for row in csv.DictReader(open(people["test"]))}
     assert len(rows) == 7 and list(rows[0]) == ["image", "red", "dark", "always", "never"]
-    right = sum((float(r[a]) > 0.5) == (truth[r["image"]][a] == "1") for r in rows for a in ("red", "dark"))
+    right = 0
+    for row in rows:
+        for a in ("red", "dark"):
+            right += (float(row[a]) > 0.5) == (truth[row["image"]][a] == "1")
     assert right >= 13
 
     # a single picture; without out= nothing is put into the training's folder
@@ -392,7 +415,8 @@ def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, mo
     assert "which sets size=tiny (not base)" in capfd.readouterr().err
 
     mine = tmp_path / "mine"
-    for name, message in ((b"cut.png", "cut.png is damaged or truncated"), (b"\xff.png", "is not UTF-8; rename")):
+    bad = {b"cut.png": "cut.png is damaged or truncated", b"\xff.png": "is not UTF-8; rename"}
+    for name, message in bad.items():
         shutil.rmtree(mine, ignore_errors=True)
         mine.mkdir()
         with open(os.path.join(os.fsencode(mine), name), "wb") as file:
@@ -403,10 +427,8 @@ def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, mo
 
     # the fine-tuned encoder starts another run, with another token, size and grid
     encoder = f"encoder={tmp_path / 'a' / 'encoder.safetensors'}"
-    run(
-        monkeypatch,
-        args(people, tmp_path / "d", encoder, "token=both", "epochs=1", "batch=8", "height=48", "size=base"),
-    )
+    more = (encoder, "token=both", "epochs=1", "batch=8", "height=48", "size=base")
+    run(monkeypatch, args(people, tmp_path / "d", *more))
     assert load_checkpoint(tmp_path / "d" / "model.safetensors")["head.weight"].shape == (4, 384)
 
 
@@ -435,7 +457,7 @@ def test_settings_that_do_not_fit_are_refused(people, tmp_path, monkeypatch):
         (["weights=x.safetensors"], "encoder="),
         (["eval_only=true", f"weights={people['train']}"], "no model.safetensors"),
         (["dataset=peta"], "needs annotation="),
-        ([f"predict={tmp_path}", "weights=x"], "no folder|holds no pictures"),
+        ([f"predict={tmp_path}/absent", "weights=x"], "no folder|holds no pictures"),
     ):
         with pytest.raises(UserError, match=message):
             run(monkeypatch, args(people, tmp_path / "x", *more))
@@ -452,11 +474,11 @@ def test_resume_after_a_kill_is_bitwise(people, tmp_path, monkeypatch):
     assert not (tmp_path / "cut" / "done").exists()
     assert load_checkpoint(tmp_path / "cut" / "last.pt")["step"] < 24
     run(monkeypatch, command)
-    for name in ("attributes.csv", "metrics.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
-    whole, cut = (load_checkpoint(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for name in ("attributes.csv", "metrics.json", "model.safetensors"):
+        assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
+    lines = (cut / "log.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in lines]
     assert steps == list(range(1, 25))
 
 
@@ -464,16 +486,18 @@ RANKS = """
 import sys, torch
 sys.path.insert(0, {root!r})
 import finetune_par
-from common import start_ranks, rank_rows
+from common import start_ranks
+from plumbing.seeds import rank_rows
 from torch.nn.parallel import DistributedDataParallel
 
-rank, world, device = start_ranks("cpu")
+ranks = start_ranks("cpu")
 model, images, labels, ratio = torch.load({start!r}, weights_only=False)
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
 runner = DistributedDataParallel(model)
-finetune_par.weighted_bce(runner(rank_rows(images, rank, world)), rank_rows(labels, rank, world), ratio).backward()
+images, labels = rank_rows(images, ranks), rank_rows(labels, ranks)
+finetune_par.weighted_bce(runner(images), labels, ratio).backward()
 optimizer.step()
-if rank == 0:
+if ranks.rank == 0:
     torch.save(model.state_dict(), {end!r})
 finetune_par.main()
 """
@@ -481,12 +505,14 @@ finetune_par.main()
 
 def test_two_ranks_equal_one_process_and_count_each_picture_once(people, tmp_path, monkeypatch):
     torch.manual_seed(3)
-    model, _, _ = finetune_par.build_model(config(size="tiny", patch=8, height=32, width=16), list("abcd"))
+    cfg = config(size="tiny", patch=8, height=32, width=16)
+    model, _ = finetune_par.build_model(cfg, list("abcd"))
     images, labels = torch.randn(6, 3, 32, 16), torch.randint(0, 2, (6, 4))
     ratio = (labels == 1).float().mean(0)
     torch.save((model, images, labels, ratio), tmp_path / "start.pt")
-    script = tmp_path / "ranks.py"
-    script.write_text(RANKS.format(root=str(ROOT), start=str(tmp_path / "start.pt"), end=str(tmp_path / "end.pt")))
+    script, files = tmp_path / "ranks.py", dict(start=str(tmp_path / "start.pt"))
+    files |= dict(end=str(tmp_path / "end.pt"))
+    script.write_text(RANKS.format(root=str(ROOT), **files))
     more = ("epochs=1", "batch=6", "lr=1.0e-4")
     result = run_script(script, *args(people, tmp_path / "two", *more), ranks=2)
     assert result.returncode == 0, result.stderr
@@ -500,7 +526,8 @@ def test_two_ranks_equal_one_process_and_count_each_picture_once(people, tmp_pat
     assert any((value - before[name]).abs().max() > 1e-3 for name, value in moved.items())
 
     run(monkeypatch, args(people, tmp_path / "one", *more))
-    one, two = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two"))
+    found = [json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two")]
+    one, two = found
     assert one["pictures"] == two["pictures"] == 7 and one["mA"] == pytest.approx(two["mA"])
     a, b = (load_checkpoint(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert all((a[name] - b[name]).abs().max() < 2e-5 for name in a)

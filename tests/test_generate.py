@@ -1,56 +1,50 @@
-"""generate.py: real diffusers pipelines built tiny, pose/prompt pairing, refusals, audit; the puppet under kills."""
+"""generate.py with tiny real pipelines: poses, prompts, conditions, refusals, the audit."""
 
+import importlib.util
 import json
 import os
-import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import check_fields
+from conftest import ROOT, check_fields
 from PIL import Image
 
 import generate
-import puppet
-from data import COCO_CATEGORY
-from drawing import pictures
+from drawing import grids, skeletons
+from formats.joints import COCO_CATEGORY
 from plumbing import chunks, diffusion
-from plumbing.config import UserError
-from puppet import people_set
-from tasks import attributes, captions, reid
+from plumbing.config import read_config
+from plumbing.errors import UserError
 
-ROOT = Path(__file__).resolve().parent.parent
 JOINTS = COCO_CATEGORY["keypoints"]
 STANDING = np.array(  # a person in a 100 × 200 box, COCO-17
-    [[50, 20], [54, 16], [46, 16], [58, 18], [42, 18], [68, 45], [32, 45], [76, 75], [24, 75], [80, 105], [20, 105]]
-    + [[60, 105], [40, 105], [62, 145], [38, 145], [64, 190], [36, 190]],
+    "50 20 54 16 46 16 58 18 42 18 68 45 32 45 76 75 24 75 80 105 20 105 "
+    "60 105 40 105 62 145 38 145 64 190 36 190".split(),
     float,
-)
+).reshape(17, 2)
 
 
 def person(number, image, x, y, zoom=1.0, seen=17):
     keypoints = np.concatenate([STANDING * zoom + [x, y], np.full((17, 1), 2.0)], 1)
     keypoints[seen:] = 0
     box = [x, y, 100 * zoom, 200 * zoom]
-    return dict(
-        id=number, image_id=image, category_id=1, iscrowd=0, keypoints=keypoints.ravel().tolist(), num_keypoints=seen,
-        bbox=box, area=box[2] * box[3] * 0.6,
-    )  # fmt: skip
+    row = dict(id=number, image_id=image, category_id=1, iscrowd=0, num_keypoints=seen)
+    row |= dict(keypoints=keypoints.ravel().tolist(), bbox=box)
+    return row | dict(area=box[2] * box[3] * 0.6)
 
 
 def write_poses(folder):
-    """Three pictures of two shapes, four people in them and one too few-jointed; the pictures do not exist."""
-    images = [
-        dict(id=i, file_name=f"{i}.jpg", width=w, height=h) for i, w, h in ((7, 300, 280), (8, 300, 280), (9, 400, 210))
-    ]
+    """Three pictures of two shapes that do not exist: four people, and one of too few joints."""
+    sizes = {7: (300, 280), 8: (300, 280), 9: (400, 210)}
+    images = []
+    for i, (w, h) in sizes.items():
+        images.append(dict(id=i, file_name=f"{i}.jpg", width=w, height=h))
     people = [
         person(1, 7, 20, 40),
         person(2, 7, 150, 60),
@@ -59,14 +53,20 @@ def write_poses(folder):
         person(5, 9, 20, 5, seen=4),
     ]
     document = dict(images=images, annotations=people, categories=[COCO_CATEGORY])
-    captions = [dict(id=10 * i + j, image_id=i, caption=f"caption {j} of {i}") for i in (7, 8, 9) for j in range(3)]
+    captions = [
+        dict(id=10 * i + j, image_id=i, caption=f"caption {j} of {i}")
+        for i in (7, 8, 9)
+        for j in range(3)
+    ]
     (folder / "poses.json").write_text(json.dumps(document))
     (folder / "captions.json").write_text(json.dumps(dict(images=images, annotations=captions)))
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """Stable Diffusion, both adapters and ViTPose with random weights, saved as a user's folders would be."""
+    """Stable Diffusion, both adapters and ViTPose with random weights, saved as a user's folders
+    would be.
+    """
     import diffusers
     import transformers
 
@@ -79,31 +79,45 @@ def tiny(tmp_path_factory):
     (root / "merges.txt").write_text("#version: 0.2\n")
     last = len(vocabulary) - 1
     text = transformers.CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        bos_token_id=last - 1, eos_token_id=last, pad_token_id=last,
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=37, num_hidden_layers=2,
+        num_attention_heads=4, bos_token_id=last - 1, eos_token_id=last, pad_token_id=last,
     )  # fmt: skip
     unet = diffusers.UNet2DConditionModel(
         block_out_channels=(16, 32, 32, 32), layers_per_block=1, sample_size=8, norm_num_groups=8,
-        cross_attention_dim=32, down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), attention_head_dim=4,
+        cross_attention_dim=32, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
     )  # fmt: skip
+    tokenizer = transformers.CLIPTokenizer(
+        str(root / "vocab.json"), str(root / "merges.txt"), model_max_length=77
+    )
+    scheduler = diffusers.PNDMScheduler(
+        beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
     pipe = diffusers.StableDiffusionPipeline(
         vae=diffusers.AutoencoderKL(
             block_out_channels=[16] * 4, norm_num_groups=8, latent_channels=4,
             down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         ),
         text_encoder=transformers.CLIPTextModel(text),
-        tokenizer=transformers.CLIPTokenizer(str(root / "vocab.json"), str(root / "merges.txt"), model_max_length=77),
+        tokenizer=tokenizer,
         unet=unet,
-        scheduler=diffusers.PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1),
+        scheduler=scheduler,
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(root / "sd")
     diffusers.T2IAdapter(
-        in_channels=3, channels=[16, 32, 32, 32], num_res_blocks=1, downscale_factor=8, adapter_type="full_adapter"
+        in_channels=3,
+        channels=[16, 32, 32, 32],
+        num_res_blocks=1,
+        downscale_factor=8,
+        adapter_type="full_adapter",
     ).save_pretrained(root / "t2i")
-    control = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 8, 16, 16))
-    for name, weight in control.named_parameters():  # zero in a fresh ControlNet: it would not steer at all
+    control = diffusers.ControlNetModel.from_unet(
+        unet, conditioning_embedding_out_channels=(8, 8, 16, 16)
+    )
+    # Zero in a fresh ControlNet: it would not steer at all.
+    for name, weight in control.named_parameters():
         if "cond_embedding" in name and weight.ndim == 4:
             torch.nn.init.normal_(weight, std=2 / weight[0].numel() ** 0.5)
         elif name.startswith(("controlnet_down", "controlnet_mid")) and weight.ndim == 4:
@@ -111,7 +125,9 @@ def tiny(tmp_path_factory):
     control.save_pretrained(root / "controlnet")
 
     vision = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4)
-    clip = transformers.CLIPConfig(vision_config=dict(vision, image_size=32, patch_size=8), projection_dim=16)
+    clip = transformers.CLIPConfig(
+        vision_config=dict(vision, image_size=32, patch_size=8), projection_dim=16
+    )
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
     checker = StableDiffusionSafetyChecker(clip)
@@ -130,16 +146,20 @@ def tiny(tmp_path_factory):
     )
     config = transformers.VitPoseConfig(backbone_config=backbone, num_labels=17)
     transformers.VitPoseForPoseEstimation(config).save_pretrained(root / "vitpose")
-    transformers.VitPoseImageProcessor(size={"height": 64, "width": 48}).save_pretrained(root / "vitpose")
+    transformers.VitPoseImageProcessor(size={"height": 64, "width": 48}).save_pretrained(
+        root / "vitpose"
+    )
     return root
 
 
 @pytest.mark.parametrize("name", diffusion.SAMPLERS)
 def test_a_sampler_spreads_its_steps_the_same_whoever_saved_the_model(name, tmp_path):
-    """A scheduler saved and read again states its own spacing, and would hand it on to another one."""
+    """A scheduler that was saved states its own spacing, and would hand it on to another one."""
     import diffusers
 
-    fresh = diffusers.PNDMScheduler(beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1)
+    fresh = diffusers.PNDMScheduler(
+        beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
     fresh.save_pretrained(tmp_path)
     saved = diffusers.PNDMScheduler.from_pretrained(tmp_path)
     steps = []
@@ -152,18 +172,19 @@ def test_a_sampler_spreads_its_steps_the_same_whoever_saved_the_model(name, tmp_
 
 
 def arguments(tiny, backend="t2i_adapter", **more):
+    adapter = tiny / ("t2i" if backend == "t2i_adapter" else "controlnet")
     keys = dict(
-        backend=backend, annotations=tiny / "poses.json", captions=tiny / "captions.json", model=tiny / "sd", steps=2,
-        adapter=tiny / ("t2i" if backend == "t2i_adapter" else "controlnet"), resolution=128, min_joints=5, batch=4,
+        backend=backend, annotations=tiny / "poses.json", captions=tiny / "captions.json",
+        model=tiny / "sd", steps=2, adapter=adapter, resolution=128, min_joints=5, batch=4,
         pictures_per_pose=3, chunk=2, device="cpu",
     )  # fmt: skip
     return [f"{name}={value}" for name, value in (keys | more).items()]
 
 
-def run(monkeypatch, words):
-    """generate.py in this process."""
+def run(monkeypatch, words, module=generate):
+    """generate.py, or a fork of it, in this process. → its run folder"""
     monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
-    generate.main()
+    module.main()
     return [word.split("=")[1] for word in map(str, words) if word.startswith("out=")][0]
 
 
@@ -172,33 +193,56 @@ def read(out):
 
 
 def config(tiny, **more):
-    cfg = generate.read_config(generate.KEYS, "", arguments(tiny, **more))
-    generate.check_config(cfg)
+    cfg = read_config(generate.KEYS, "", arguments(tiny, **more))
+    generate.check(cfg)
     return cfg
 
 
-def scenes_of(cfg):
+def sources_of(cfg):
     people, rows, *_ = generate.read_poses(cfg)
-    wanted = generate.group_rows(people.image_id, rows)
+    wanted = generate.rows_by_picture(people, rows)
     prompts = generate.read_prompts(cfg, list(wanted))
-    return [diffusion.Scene(cfg, people, rows, rows, prompts[i]) for i, rows in wanted.items()]
+    return [generate.Source(cfg, people, rows, rows, prompts[i]) for i, rows in wanted.items()]
+
+
+def seed_of(row, attempt=0):
+    """The noise seed that an annotation of seed=0 should hold."""
+    cfg = SimpleNamespace(seed=0)
+    return generate.picture_seed(cfg, row["source_image_id"], row["k"], attempt)
+
+
+def same_set(a, b):
+    """Byte-identical lists and pictures, nothing more and nothing less."""
+    own = {"config.yaml", "log.jsonl", "summary.json"}  # hold the folder's name and times
+    files = []
+    for out in (Path(a), Path(b)):
+        paths = [path for path in out.rglob("*") if path.is_file() and path.name not in own]
+        paths = [path for path in paths if not path.name.endswith(".checked.json")]  # of readers
+        files.append({str(path.relative_to(out)): path.read_bytes() for path in paths})
+    assert len(files[0]) > 5
+    return files[0] == files[1]
 
 
 def pixels(picture):
     return np.asarray(picture, np.int16)
 
 
-# --------------------------------------------------------------------------------------------------------- drawings
+# ----------------------------------------------------------------------------------------- drawings
 
 
 def test_keypose_drawing_pixels():
     keypoints = np.zeros((17, 3))
     keypoints[[5, 7]] = [[20, 30, 1], [40, 30, 2]]  # left shoulder, left elbow
     keypoints[[6, 8]] = [[60, 30, 0.05], [80, 30, 1]]  # right shoulder under the score floor
-    canvas = np.asarray(pictures.draw_keypose([keypoints], (100, 60)))
+    canvas = np.asarray(skeletons.draw_keypose([keypoints], (100, 60)))
     assert canvas.shape == (60, 100, 3)
-    assert tuple(canvas[30, 30]) == (0, 255, 0) and tuple(canvas[30, 20]) == (0, 255, 0)  # left link and joint
-    assert tuple(canvas[30, 80]) == (0, 128, 255) and not canvas[30, 70].any() and not canvas[30, 60].any()
+    # Left link and joint.
+    assert tuple(canvas[30, 30]) == (0, 255, 0) and tuple(canvas[30, 20]) == (0, 255, 0)
+    assert (
+        tuple(canvas[30, 80]) == (0, 128, 255)
+        and not canvas[30, 70].any()
+        and not canvas[30, 60].any()
+    )
     assert canvas[28, 80].any() and not canvas[27, 80].any()  # joint radius 2
     assert (canvas[:, 30].any(1)).sum() == 3  # link 3 px wide
 
@@ -206,13 +250,14 @@ def test_keypose_drawing_pixels():
 def test_openpose_drawing_pixels():
     keypoints = np.zeros((17, 3))
     keypoints[[5, 6]] = [[70, 40, 2], [30, 40, 2]]  # both shoulders: the neck lies between them
-    canvas = np.asarray(pictures.draw_openpose([keypoints], (100, 80)))
+    canvas = np.asarray(skeletons.draw_openpose([keypoints], (100, 80)))
     assert tuple(canvas[40, 50]) == (255, 85, 0)  # neck, the second colour
     assert tuple(canvas[40, 30]) == (255, 170, 0) and tuple(canvas[40, 70]) == (85, 255, 0)
-    assert tuple(canvas[40, 40]) == (153, 0, 0)  # limb neck - right shoulder: the first colour × 0.6
+    # Limb neck - right shoulder: the first colour × 0.6.
+    assert tuple(canvas[40, 40]) == (153, 0, 0)
     assert 7 <= canvas[:, 40].any(1).sum() <= 9  # half-width 4
     keypoints[5] = 0
-    canvas = np.asarray(pictures.draw_openpose([keypoints], (100, 80)))
+    canvas = np.asarray(skeletons.draw_openpose([keypoints], (100, 80)))
     assert not canvas[40, 50].any() and canvas[40, 30].any()  # no neck without both shoulders
 
 
@@ -237,45 +282,61 @@ def test_conditions_look_as_their_networks_were_trained():
     people = [np.concatenate([xy, np.full((17, 1), 2.0)], 1) for xy in people]
     people[0][3] = people[1][9] = 0
     reference = np.split(np.asarray(Image.open(ROOT / "tests/conditions.png"), int), 3, 1)
-    for (name, draw), theirs in zip(diffusion.DRAW.items(), reference):
+    for (name, (draw, _)), theirs in zip(generate.CONDITIONS.items(), reference):
         shared, lit, same = compare(draw(people, (200, 280)), theirs)
         assert shared > 0.9 and 0.95 < lit < 1.05 and same > 0.9, (name, shared, lit, same)
-    other = pictures.draw_openpose(people, (200, 280))
+    other = skeletons.draw_openpose(people, (200, 280))
     assert compare(other, reference[1])[2] < 0.88  # the two openposes differ
 
 
 def test_overlay_and_sheet(tmp_path):
     keypoints = np.concatenate([STANDING, np.full((17, 1), 2.0)], 1)
     links = [(5, 7), (6, 8), (16, 99)]  # the last names no joint
-    drawn = np.asarray(pictures.overlay(np.full((3, 200, 100), 90, np.uint8), keypoints, links, JOINTS, scale=2))
+    drawn = np.asarray(
+        skeletons.overlay(np.full((3, 200, 100), 90, np.uint8), keypoints, links, JOINTS, scale=2)
+    )
     assert drawn.shape == (400, 200, 3)
-    assert tuple(drawn[150, 152]) == pictures.OVERLAY_LEFT and tuple(drawn[150, 48]) == pictures.OVERLAY_RIGHT
-    pictures.sheet([[drawn, None], [drawn]], tmp_path / "s.png", ["a", "b " * 90], ["x", "y"], "title", (60, 120))
+    assert (
+        tuple(drawn[150, 152]) == skeletons.OVERLAY_LEFT
+        and tuple(drawn[150, 48]) == skeletons.OVERLAY_RIGHT
+    )
+    grids.sheet(
+        [[drawn, None], [drawn]],
+        tmp_path / "s.png",
+        ["a", "b " * 90],
+        ["x", "y"],
+        "title",
+        (60, 120),
+    )
     assert Image.open(tmp_path / "s.png").size[0] > 2 * 60 + 150
 
 
-# -------------------------------------------------------------------------------------------------------- diffusion
+# ---------------------------------------------------------------------------------------- diffusion
 
 
 @pytest.mark.parametrize("backend", ["t2i_adapter", "controlnet"])
 def test_pose_and_prompt_stay_together(tiny, backend):
-    """Picture k of a pose is the same alone and among others, and another prompt or condition gives another one."""
+    """Picture k of a pose is the same alone and among others, and another prompt or condition gives
+    another one.
+    """
     cfg = config(tiny, backend=backend, batch=8)
     pipe = diffusion.load_painter(cfg, torch.device("cpu"))
-    a, b = scenes_of(cfg)[:2]
+    a, b = sources_of(cfg)[:2]
     assert a.size == b.size and a.prompt != b.prompt
-    jobs = [(scene, k) for scene in (a, b) for k in range(2)]
+    jobs = [(source, k) for source in (a, b) for k in range(2)]
 
     def paint(jobs, swap_prompt=False, swap_condition=False):
-        other = {id(a): b, id(b): a}
-        seeds = [chunks.picture_seed(cfg.seed, scene.unit, k) for scene, k in jobs]
-        prompts = [(other[id(scene)] if swap_prompt else scene).prompt for scene, _ in jobs]
-        conditions = [(other[id(scene)] if swap_condition else scene).condition for scene, _ in jobs]
-        return [pixels(p) for p in diffusion.paint(pipe, cfg, conditions, prompts, seeds, a.size)]
+        other, conditions, prompts = {id(a): b, id(b): a}, [], []
+        for source, _ in jobs:
+            prompts.append((other[id(source)] if swap_prompt else source).prompt)
+            conditions.append((other[id(source)] if swap_condition else source).condition)
+        seeds = [generate.picture_seed(cfg, source.image_id, k) for source, k in jobs]
+        return [pixels(p) for p in generate.paint(pipe, cfg, conditions, prompts, seeds)]
 
     together, alone = paint(jobs), [paint([job])[0] for job in jobs]
     for i, picture in enumerate(together):
-        assert abs(picture - alone[i]).max() <= 2  # uint8 steps: only rounding may differ between batch sizes
+        # Uint8 steps: only rounding may differ between batch sizes.
+        assert abs(picture - alone[i]).max() <= 2
     for swapped in (paint(jobs, swap_prompt=True), paint(jobs, swap_condition=True)):
         assert all(abs(x - y).max() > 4 for x, y in zip(swapped, together))
     assert abs(together[0] - together[1]).mean() > 5  # the seed alone changes everything
@@ -291,7 +352,7 @@ def test_diffusion_set(tiny, tmp_path, monkeypatch):
         picture = Image.open(Path(out) / "images" / image["file_name"])
         assert picture.size == (image["width"], image["height"]) and row["num_keypoints"] == 17
         assert row["caption"].endswith(f"of {row['source_image_id']}")
-        assert row["seed"] == chunks.picture_seed(0, row["source_image_id"], row["k"])
+        assert row["seed"] == seed_of(row)
         xy = np.reshape(row["keypoints"], (17, 3))[:, :2] / picture.size
         want = (STANDING + 0.5) / [100, 200]
         assert (
@@ -305,32 +366,36 @@ def test_diffusion_set(tiny, tmp_path, monkeypatch):
     # the same again after a kill in the middle: chunk 1 is painted anew, chunk 0 is not
     shutil.copytree(out, tmp_path / "full")
     broken = tmp_path / "b"
-    real = chunks.write_chunk
+    real = chunks.put
 
-    def dies(cfg, number, rows, retried, folder):
-        if number == 1:
+    def dies(path, content, durable=True):
+        if path.name == "0000001.jsonl":
             raise RuntimeError("killed")
-        return real(cfg, number, rows, retried, folder)
+        real(path, content, durable)
 
-    monkeypatch.setattr(chunks, "write_chunk", dies)
+    monkeypatch.setattr(chunks, "put", dies)
     with pytest.raises(RuntimeError, match="killed"):
         run(monkeypatch, arguments(tiny, out=broken, first_pose=0))
     assert not (broken / "annotations.json").exists()
-    monkeypatch.setattr(chunks, "write_chunk", real)
+    monkeypatch.setattr(chunks, "put", real)
     assert same_set(run(monkeypatch, arguments(tiny, out=broken, first_pose=0)), out)
 
 
 def test_refused_pictures_are_retried_and_never_stored(tiny, tmp_path, monkeypatch, capsys):
-    """The real safety checker, its threshold set so that it refuses one of the nine first pictures."""
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker, cosine_distance
+    """The real safety checker, set so that it refuses one of the nine first pictures."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import (
+        StableDiffusionSafetyChecker,
+        cosine_distance,
+    )
     from transformers import CLIPImageProcessor
 
     cfg = config(tiny)
     pipe, folder = diffusion.load_painter(cfg, torch.device("cpu")), tmp_path / "sd"
-    scenes = scenes_of(cfg)
-    keys = [(scene, k) for scene in scenes for k in range(3)]
-    seeds = [chunks.picture_seed(0, scene.unit, k) for scene, k in keys]
-    painted = [diffusion.paint(pipe, cfg, [s.condition], [s.prompt], [n], s.size)[0] for (s, _), n in zip(keys, seeds)]
+    keys = [(source, k) for source in sources_of(cfg) for k in range(3)]
+    painted = []
+    for source, k in keys:
+        seeds = [generate.picture_seed(cfg, source.image_id, k)]
+        painted += generate.paint(pipe, cfg, [source.condition], [source.prompt], seeds)
     shutil.copytree(tiny / "sd_checked", folder)
     checker = StableDiffusionSafetyChecker.from_pretrained(folder / "safety_checker")
     reader = CLIPImageProcessor.from_pretrained(folder / "feature_extractor")
@@ -338,7 +403,8 @@ def test_refused_pictures_are_retried_and_never_stored(tiny, tmp_path, monkeypat
         seen = checker.vision_model(reader(painted, return_tensors="pt").pixel_values)[1]
         embedded = checker.visual_projection(seen)
         apart = embedded - embedded.mean(0)
-        checker.concept_embeds[0] = apart[apart.norm(dim=1).argmax()]  # what tells one of the nine from the others
+        # What tells one of the nine from the others.
+        checker.concept_embeds[0] = apart[apart.norm(dim=1).argmax()]
         concept, order = cosine_distance(embedded, checker.concept_embeds)[:, 0].sort()
         refused = keys[order[-1]][0]
         checker.concept_embeds_weights.fill_(2.0)  # a cosine is never so large
@@ -350,18 +416,18 @@ def test_refused_pictures_are_retried_and_never_stored(tiny, tmp_path, monkeypat
     out = run(monkeypatch, arguments(tiny, out=tmp_path / "a", model=folder, retries=30))
     rows, summary = read(out)["annotations"], json.loads((tmp_path / "a/summary.json").read_text())
     assert summary["painted_again"] > 0 and len(rows) == 12
-    moved = [row for row in rows if row["seed"] != chunks.picture_seed(0, row["source_image_id"], row["k"])]
-    assert moved and all(
-        row["seed"] in [chunks.picture_seed(0, row["source_image_id"], row["k"], t) for t in range(1, 31)]
-        for row in moved
-    )
+    moved = [row for row in rows if row["seed"] != seed_of(row)]
+    later = [[seed_of(row, attempt) for attempt in range(1, 31)] for row in moved]
+    assert moved and all(row["seed"] in seeds for row, seeds in zip(moved, later))
     for image in read(out)["images"]:
         assert np.asarray(Image.open(tmp_path / "a/images" / image["file_name"])).max() > 30
     # No retries: a pose short of one picture is left out whole, and named.
     out = run(monkeypatch, arguments(tiny, out=tmp_path / "b", model=folder, retries=0))
     summary = json.loads((tmp_path / "b/summary.json").read_text())
     why = "not finite, black or refused by the safety checker"
-    assert summary["poses_skipped"] == [{"pose_id": pose, "skipped": why} for pose in refused.pose_ids]
+    assert summary["poses_skipped"] == [
+        {"pose_id": pose, "skipped": why} for pose in refused.pose_ids
+    ]
     assert summary["poses"] == 4 - len(refused.pose_ids)
     assert len(list((tmp_path / "b/images").iterdir())) == 3 * summary["poses"]
 
@@ -386,7 +452,7 @@ def test_a_picture_that_is_not_finite_is_refused(tiny, tmp_path, monkeypatch, ch
     model = with_vae(tiny, tmp_path / "sd", spoil)
     with pytest.raises(UserError, match="black or refused"):
         run(monkeypatch, arguments(tiny, out=tmp_path / "a", model=model, retries=1, poses=1))
-    assert not list((tmp_path / "a/images").iterdir())
+    assert not list((tmp_path / "a").glob("images/*"))
 
 
 def test_an_overflow_in_fp16_is_refused(tiny, tmp_path, monkeypatch):
@@ -417,9 +483,9 @@ def test_precision_is_what_the_device_has_in_hardware(tiny, monkeypatch):
 def test_pictures_are_decoded_one_by_one(tiny):
     """The decoder's memory does not grow with the batch."""
     cfg = config(tiny)
-    pipe, scene, sizes = diffusion.load_painter(cfg, torch.device("cpu")), scenes_of(cfg)[0], []
+    pipe, source, sizes = diffusion.load_painter(cfg, torch.device("cpu")), sources_of(cfg)[0], []
     pipe.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    diffusion.paint(pipe, cfg, [scene.condition] * 3, [scene.prompt] * 3, [1, 2, 3], scene.size)
+    generate.paint(pipe, cfg, [source.condition] * 3, [source.prompt] * 3, [1, 2, 3])
     assert sizes == [1, 1, 1]
 
 
@@ -428,15 +494,32 @@ def test_audit(tiny, tmp_path, monkeypatch):
     rows = read(run(monkeypatch, arguments(tiny, out=tmp_path / "a", **audit)))["annotations"]
     check_fields(tmp_path / "a/annotations.json")
     measured = np.array([row["oks"] for row in rows])
-    assert len(rows) == 12 and (0 <= measured).all() and (measured < 1).all() and len(set(measured)) > 3
+    assert (
+        len(rows) == 12
+        and (0 <= measured).all()
+        and (measured < 1).all()
+        and len(set(measured)) > 3
+    )
     middle = float(np.sort(measured)[4])
-    out = run(monkeypatch, arguments(tiny, out=tmp_path / "b", retries=12, **{**audit, "audit_threshold": middle}))
+    out = run(
+        monkeypatch,
+        arguments(tiny, out=tmp_path / "b", retries=12, **{**audit, "audit_threshold": middle}),
+    )
     rows, summary = read(out)["annotations"], json.loads((tmp_path / "b/summary.json").read_text())
-    assert rows and min(row["oks"] for row in rows) >= round(middle, 4) and summary["painted_again"] > 0
+    assert (
+        rows
+        and min(row["oks"] for row in rows) >= round(middle, 4)
+        and summary["painted_again"] > 0
+    )
     assert len(rows) == 3 * summary["poses"] and summary["oks"]["p10"] >= round(middle, 4)
     assert all(row["skipped"] == "refused by the audit" for row in summary["poses_skipped"])
     with pytest.raises(UserError, match="refused by the audit"):
-        run(monkeypatch, arguments(tiny, out=tmp_path / "c", retries=0, poses=2, **{**audit, "audit_threshold": 1}))
+        run(
+            monkeypatch,
+            arguments(
+                tiny, out=tmp_path / "c", retries=0, poses=2, **{**audit, "audit_threshold": 1}
+            ),
+        )
 
 
 def test_prompts(tiny, tmp_path):
@@ -453,153 +536,26 @@ def test_prompts(tiny, tmp_path):
     assert "a red person in a hall" in both.values()
 
 
-# ------------------------------------------------------------------------------------------------- puppet and kills
-
-
-PUPPET = ["poses=60", "pictures_per_pose=3", "height=96", "width=48", "chunk=2", "seed=5"]
-
-
-def same_set(a, b):
-    """Byte-identical lists and pictures, nothing more and nothing less."""
-    own = {"config.yaml", "log.jsonl", "summary.json"}  # hold the folder's name and times
-    names = [sorted(str(p.relative_to(out)) for p in Path(out).rglob("*") if p.is_file()) for out in (a, b)]
-    names = [[n for n in each if not n.endswith(".checked.json")] for each in names]  # of readers
-    assert len(names[0]) > len(own) + 2
-    return names[0] == names[1] and all(
-        (Path(a) / name).read_bytes() == (Path(b) / name).read_bytes() for name in names[0] if name not in own
+def test_real_coco_captions(tiny, tmp_path, monkeypatch):
+    data = os.environ.get("GENPOCCL_DATA")
+    if not data:
+        pytest.skip("GENPOCCL_DATA is not set: no COCO poses and captions")
+    coco = dict(
+        annotations=f"{data}/coco/person_keypoints.json", captions=f"{data}/coco/captions.json"
     )
-
-
-# A stage whose loaders start in another way than by default, e.g. by Python 3.14's forkserver.
-START_AS = "import multiprocessing, runpy, sys; multiprocessing.set_start_method(sys.argv[1]); "
-START_AS += "sys.argv[:2] = []; runpy.run_path(sys.argv[0], run_name='__main__')"
-
-
-def start(words, ranks=1, method=None):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = dict(os.environ, OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    begin = [sys.executable]
-    if method:
-        begin += ["-c", START_AS, method]
-        environment["PYTHONPATH"] = str(ROOT)
-    return [
-        subprocess.Popen(
-            [*begin, ROOT / "generate.py", *words],
-            env=dict(environment, **(dict(RANK=str(r), WORLD_SIZE=str(ranks)) if ranks > 1 else {})),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    document = read(
+        run(
+            monkeypatch,
+            arguments(tiny, out=tmp_path / "a", poses=5, min_joints=8, pictures_per_pose=2, **coco),
         )
-        for r in range(ranks)
-    ]  # fmt: skip
-
-
-def finish(processes):
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-
-
-def kill_after(records, processes, out):
-    """SIGKILL to the main processes once so many chunks are recorded; → records written by then."""
-    parts = out / ".parts"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(list(parts.glob("[0-9]*.jsonl")) if parts.exists() else []) < records:
-        time.sleep(0.005)
-    for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    assert not (out / "done").exists(), "finished before the kill; make the set larger"
-    return len(list(parts.glob("[0-9]*.jsonl")))
-
-
-def group_is_gone(group, seconds=10):
-    for _ in range(int(seconds * 20)):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False
-
-
-@pytest.fixture(scope="module")
-def puppet_set(tmp_path_factory):
-    out = tmp_path_factory.mktemp("puppet") / "reference"
-    with pytest.MonkeyPatch.context() as patch:
-        run(patch, [*PUPPET, f"out={out}"])
-    return out
-
-
-def test_puppet_kills_workers_and_ranks(puppet_set, tmp_path):
-    """Killed with 2 workers, killed on 2 ranks, finished on 3: the bytes of one undisturbed process."""
-    out, words = tmp_path / "run", [*PUPPET, f"out={tmp_path / 'run'}"]
-    first = start([*words, "workers=2"])
-    done = kill_after(2, first, out)
-    assert group_is_gone(first[0].pid), "rendering workers outlive the killed run"
-    assert done < kill_after(done + 3, start(words, ranks=2), out) < 30
-    (out / "images" / ".7_0.jpg.1.part").write_bytes(b"half")  # what a kill inside a write leaves
-    kept = {path.name: path.stat().st_mtime_ns for path in (out / ".parts").glob("[0-9]*.jsonl")}
-    pose = json.loads((out / ".parts" / sorted(kept)[0]).read_text().splitlines()[1])
-    before = (out / "images" / pose["file_name"]).stat().st_mtime_ns
-    finish(start([*words, "workers=1"], ranks=3))
-    assert (out / "images" / pose["file_name"]).stat().st_mtime_ns == before  # nothing recorded is made twice
-    assert same_set(out, puppet_set)
-
-
-@pytest.mark.parametrize("method", ["forkserver", "spawn"])
-def test_puppet_workers_that_are_not_forked(puppet_set, tmp_path, monkeypatch, method):
-    """Workers with another parent, or that share nothing: gone with the run, and the same bytes."""
-    out = tmp_path / "run"
-    first = start([*PUPPET, f"out={out}", "workers=2"], method=method)
-    kill_after(2, first, out)
-    assert group_is_gone(first[0].pid), "rendering workers outlive the killed run"
-    run(monkeypatch, [*PUPPET, f"out={out}"])
-    assert same_set(out, puppet_set)
-
-
-def test_a_stage_forks_its_loaders_unless_told_otherwise():
-    """Under Python 3.14's default, set here by hand, each loader would hold all annotations."""
-    ask = "import multiprocessing as m\nfrom plumbing import config\n"
-    ask += "m.context._default_context._default_context = m.get_context('forkserver')"
-    default = "fork" if sys.platform == "linux" else "forkserver"
-    for before, used in (("", default), ("m.set_start_method('spawn')", "spawn")):
-        code = f"{ask}\n{before}\nconfig.run_stage(lambda: print(m.get_start_method()))"
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.stdout == used + "\n", done.stderr
-
-
-def test_puppet_workers_and_merge_kill(puppet_set, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:  # dies after annotations.json, before the end
-        patch.setattr(generate, "write_sheet", lambda *_: (_ for _ in ()).throw(RuntimeError("killed")))
-        with pytest.raises(RuntimeError):
-            run(patch, [*PUPPET, f"out={out}", "workers=2"])
-    run(monkeypatch, [*PUPPET, f"out={out}"])
-    assert same_set(out, puppet_set)
-    stamp = (out / "annotations.json").stat().st_mtime_ns
-    run(monkeypatch, [*PUPPET, f"out={out}"])  # finished: says so, changes nothing
-    assert (out / "annotations.json").stat().st_mtime_ns == stamp
-    with pytest.raises(UserError, match="seed 5 -> 6"):
-        run(monkeypatch, [*PUPPET, f"out={out}", "seed=6"])
-
-
-def test_puppet_set_is_what_it_says(puppet_set, tmp_path, monkeypatch):
-    document = read(puppet_set)
-    rows = document["annotations"]
-    assert [row["pose_id"] for row in rows] == [p for p in range(60) for _ in range(3)]
-    assert len({row["seed"] for row in rows}) == 180 and len({row["caption"] for row in rows}) > 150
-    xy = np.array([row["keypoints"] for row in rows]).reshape(60, 3, 17, 3)
-    both = (xy[:, :1, :, 2] > 0) & (xy[:, 1:, :, 2] > 0)
-    assert (abs(xy[:, :1, :, :2] - xy[:, 1:, :, :2]).max(-1) * both).max() == 0  # the pose is the same in all K
-    assert {image["file_name"] for image in document["images"]} == {p.name for p in (puppet_set / "images").iterdir()}
-    # pose p, picture k depend on (seed, p, k) only: another part of the same sampled poses, other K, other chunks
-    part = ["poses=3", "first_pose=20", "pictures_per_pose=2", "height=96", "width=48", "seed=5", "parts=true"]
-    out = run(monkeypatch, [*part, f"out={tmp_path / 'part'}"])
-    for name in ("20_0.jpg", "22_1.jpg"):
-        assert (Path(out) / "images" / name).read_bytes() == (puppet_set / "images" / name).read_bytes()
-    assert np.asarray(Image.open(Path(out) / "parts/20_0.png")).max() in range(1, 7)
+    )
+    captions = {}
+    for row in json.loads(Path(coco["captions"]).read_text())["annotations"]:
+        captions.setdefault(row["image_id"], []).append(row["caption"].strip())
+    assert len(document["annotations"]) == 10
+    assert all(
+        row["caption"] in captions[row["source_image_id"]] for row in document["annotations"]
+    )
 
 
 def test_poses_given_as_scores(tmp_path, monkeypatch, capsys):
@@ -611,7 +567,7 @@ def test_poses_given_as_scores(tmp_path, monkeypatch, capsys):
     (tmp_path / "poses.json").write_text(json.dumps(document))
     words = [f"annotations={tmp_path / 'poses.json'}", "height=128", "width=64"]
     for score, seen in ((0.2, 16), (0.5, 8)):
-        cfg = generate.read_config(generate.KEYS, "", [*words, f"min_score={score}"])
+        cfg = read_config(generate.KEYS, "", [*words, f"min_score={score}"])
         people, rows, left_out, about = generate.read_poses(cfg)
         visible = (people.keypoints[:, :, 2] == 2).sum(1)
         assert rows.tolist() == [0, 1, 2] and visible.tolist() == [seen] * 3 + [0] * 2
@@ -623,146 +579,75 @@ def test_poses_given_as_scores(tmp_path, monkeypatch, capsys):
     assert "5 people, 17 of COCO's 17 joints recognised" in capsys.readouterr().err
 
 
-def test_puppet_at_given_poses(tmp_path, monkeypatch):
+def test_people_with_bad_boxes_are_left_out_up_to_a_key(tmp_path, monkeypatch):
     write_poses(tmp_path)
-    words = [f"annotations={tmp_path / 'poses.json'}", "height=128", "width=64", "pictures_per_pose=2"]
-    out = run(monkeypatch, [*words, f"out={tmp_path / 'a'}"])
-    document, summary = read(out), json.loads((tmp_path / "a/summary.json").read_text())
-    assert {row["pose_id"] for row in document["annotations"]} == {1, 2, 3, 4}
-    assert summary["left_out"] == {"with too few joints to draw a body": 1}
-    check_fields(tmp_path / "a/annotations.json")
-    row = document["annotations"][0]
-    spread = np.ptp(np.reshape(row["keypoints"], (17, 3))[:, :2], 0)
-    assert abs(spread[0] / spread[1] - 60 / 174) < 0.03  # the given pose, its shape kept
+    document = json.loads((tmp_path / "poses.json").read_text())
+    document["annotations"][1]["bbox"] = [900, 900, 20, 40]  # beside its picture
+    document["annotations"][2]["bbox"] = [20, 20, 0, 40]
+    (tmp_path / "poses.json").write_text(json.dumps(document))
+    words = [f"annotations={tmp_path / 'poses.json'}", "height=128", "width=64", "min_joints=5"]
+    for allowed in (0, 1):
+        with pytest.raises(UserError, match="annotation 2 .*mend it or allow max_bad_boxes=2"):
+            run(monkeypatch, [*words, f"max_bad_boxes={allowed}", f"out={tmp_path / 'a'}"])
+        assert not (tmp_path / "a").exists()
+    out = run(monkeypatch, [*words, "max_bad_boxes=2", f"out={tmp_path / 'a'}"])
+    assert {row["pose_id"] for row in read(out)["annotations"]} == {1, 4}
+    summary = json.loads((tmp_path / "a/summary.json").read_text())
+    assert summary["left_out"] == {"with fewer than 5 joints": 1, "with bad boxes": 2}
 
 
-def test_real_poses(tmp_path, monkeypatch):
-    data = os.environ.get("GENPOCCL_DATA")
-    if not data:
-        pytest.skip("GENPOCCL_DATA is not set: no real poses")
-    for name, source in (("lsp", "lspet/val.json"), ("coco", "coco/person_keypoints.json")):
-        words = [f"annotations={data}/{source}", "poses=20", "min_joints=10", "height=128", "width=64"]
-        document = read(run(monkeypatch, [*words, "pictures_per_pose=2", f"out={tmp_path / name}"]))
-        assert len(document["annotations"]) >= 34 and document["categories"][0]["keypoints"] == JOINTS
+# ------------------------------------------------------------------------- a condition of one's own
 
 
-def test_real_coco_captions(tiny, tmp_path, monkeypatch):
-    data = os.environ.get("GENPOCCL_DATA")
-    if not data:
-        pytest.skip("GENPOCCL_DATA is not set: no COCO poses and captions")
-    coco = dict(annotations=f"{data}/coco/person_keypoints.json", captions=f"{data}/coco/captions.json")
-    document = read(
-        run(monkeypatch, arguments(tiny, out=tmp_path / "a", poses=5, min_joints=8, pictures_per_pose=2, **coco))
-    )
-    captions = {}
-    for row in json.loads(Path(coco["captions"]).read_text())["annotations"]:
-        captions.setdefault(row["image_id"], []).append(row["caption"].strip())
-    assert len(document["annotations"]) == 10
-    assert all(row["caption"] in captions[row["source_image_id"]] for row in document["annotations"])
+def fork(folder, entry):
+    """generate.py as someone forks it: one entry more in CONDITIONS. → the module"""
+    text = (ROOT / "generate.py").read_text(encoding="utf-8")
+    assert text.count("CONDITIONS = {\n") == 1
+    (folder / "fork.py").write_text(text.replace("CONDITIONS = {\n", "CONDITIONS = {\n" + entry))
+    spec = importlib.util.spec_from_file_location("fork", folder / "fork.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-# --------------------------------------------------------------------------------- puppet: people by several cameras
+BONES = '    ("{}", "bones"): (lambda people, size: skeletons.overlay('
+BONES += "np.zeros((*size[::-1], 3), np.uint8), people[0], [(5, 6), (11, 12)]), None),\n"
 
 
-PEOPLE = ["task=people", "persons_train=14", "persons_val=4", "persons_test=10", "cameras=3", "pictures_per_camera=2"]
-PEOPLE += ["height=96", "width=48", "chunk=2", "seed=5"]
+@pytest.mark.parametrize("backend", ["t2i_adapter", "controlnet"])
+def test_another_condition_is_one_entry(tiny, tmp_path, monkeypatch, backend):
+    module = fork(tmp_path, BONES.format(backend))
+    words = arguments(tiny, backend, condition="bones", out=tmp_path / "bones")
+    out = run(monkeypatch, words, module)
+    plain = run(monkeypatch, arguments(tiny, backend, out=tmp_path / "plain"))
+    ours, theirs = read(out), read(plain)
+    assert ours["annotations"] == theirs["annotations"] and len(ours["annotations"]) == 12
+    for image in ours["images"]:  # another condition: other pictures of the same people
+        a, b = (Image.open(Path(o) / "images" / image["file_name"]) for o in (out, plain))
+        assert a.size == b.size and abs(pixels(a) - pixels(b)).max() > 4
+    cell = slice(60, 200), slice(130, 250)  # of the sheet: the first pose's condition
+    sheets = [np.asarray(Image.open(Path(o) / "sheet.png"))[cell] for o in (out, plain)]
+    assert (sheets[0] != sheets[1]).any()
+    assert "condition: bones\n" in (Path(out) / "config.yaml").read_text()
 
 
-@pytest.fixture(scope="module")
-def people(tmp_path_factory):
-    out = tmp_path_factory.mktemp("people") / "reference"
-    with pytest.MonkeyPatch.context() as patch:
-        run(patch, [*PEOPLE, f"out={out}"])
-    return out
+def test_a_condition_without_adapter_asks_for_one(tiny, tmp_path, monkeypatch):
+    module = fork(tmp_path, BONES.format("t2i_adapter"))
+    words = [word for word in arguments(tiny, condition="bones") if "adapter=" not in word]
+    with pytest.raises(UserError, match="condition=bones has no adapter by default; give adapter="):
+        run(monkeypatch, [*words, "backend=t2i_adapter", f"out={tmp_path / 'a'}"], module)
+    words = arguments(tiny, "controlnet", condition="bones", out=tmp_path / "a")
+    with pytest.raises(UserError, match="^backend=controlnet takes condition=openpose$"):
+        run(monkeypatch, words, module)
+    # Whatever adapter= names, no message takes it for one of ours.
+    words = arguments(tiny, condition="bones", adapter=tiny / "sd", out=tmp_path / "a")
+    with pytest.raises(UserError) as error:
+        run(monkeypatch, words, module)
+    assert "adapter=" in str(error.value) and "ControlNet" not in str(error.value)
+    assert not (tmp_path / "a").exists()
 
 
-def test_people_reid_layout(people):
-    train, query, gallery, about = reid.read_data(people)
-    assert set(train.ids) == set(range(1, 15)) and set(query.ids) == set(gallery.ids) - {0, -1} == set(range(15, 25))
-    assert sorted(zip(query.ids, query.cameras)) == [
-        (person, camera) for person in range(15, 25) for camera in (1, 2, 3)
-    ]
-    assert len(train.ids) == 14 * 3 * 2 and "(30 distractors, 30 junk)" in about
-    assert sorted(zip(train.ids, train.cameras)) == sorted([(i, c) for i in range(1, 15) for c in (1, 2, 3)] * 2)
-    assert (np.bincount(gallery.ids[gallery.ids > 0])[15:] == 3).all()  # the other picture of each camera
-    result = reid.ranking_metrics(
-        query.ids[:, None] != gallery.ids, query.ids, query.cameras, gallery.ids, gallery.cameras
-    )
-    assert result["mAP"] == 1 and result["unmatched"] == 0
-    files = [Path(part.folder) / name.decode() for part in (train, query, gallery) for name in part.files]
-    assert len({path.read_bytes() for path in files}) == len(files) == 84 + 30 + 90
-    assert len({path.name for path in files}) == len(files)
-    assert all(Image.open(path).size == (48, 96) for path in files)
-
-
-def test_people_cameras_keep_their_place(people):
-    """A test picture's margins look most like the median picture of its own camera's training pictures."""
-    train, query, _, _ = reid.read_data(people)
-
-    def margins(part):
-        all_ = [np.asarray(Image.open(Path(part.folder) / n.decode()), float) for n in part.files]
-        return np.stack([np.concatenate([p[:30, :8], p[:30, -8:]]).ravel() for p in all_])
-
-    a, b = margins(train), margins(query)
-    centres = np.stack([np.median(a[train.cameras == camera], 0) for camera in (1, 2, 3)])
-    found = 1 + abs(b[:, None] - centres).mean(-1).argmin(1)
-    assert (found == query.cameras).mean() > 0.8
-
-
-def test_people_attributes_and_captions_are_true(people):
-    csvs = {kind: str(people / f"attributes_{kind}.csv") for kind in ("train", "val", "test")}
-    more = dict(select="val", trainval=False, eval_only=False)
-    cfg = SimpleNamespace(dataset="csv", annotation=None, images=None, **more, **csvs)
-    names, splits, _ = attributes.read_attributes(cfg)
-    told = captions.read_captions(people / "data_captions.json", people)
-    assert [len(splits[kind].files) for kind in splits] == [60, 24, 60]
-    persons = {kind: {int(Path(file).name[:4]) for file in split.files} for kind, split in splits.items()}
-    assert persons == dict(train=set(range(1, 11)), val=set(range(11, 15)), test=set(range(15, 25)))
-    for kind, split in splits.items():
-        assert told[kind].files == split.files and told[kind].persons == len(persons[kind])
-        assert told[kind].picture.tolist() == np.repeat(range(len(split.files)), 2).tolist()
-        for file, labels, *texts in zip(split.files, split.labels, told[kind].texts[::2], told[kind].texts[1::2]):
-            who = puppet.sample_identities(5, [int(Path(file).name[:4])]).people[0]
-            assert dict(zip(names, labels.tolist())) == puppet.attributes(who)
-            assert texts[0] != texts[1]
-            true = {name for name, label in zip(names, labels) if label}
-            for text in texts:
-                assert all(name.split("_")[1] in text for name in true if name.startswith(("up_", "down_")))
-                assert bool({"woman", "lady", "She"} & set(re.findall(r"\w+", text))) == ("female" in true)
-                assert ("skirt" in text) == ("skirt" in true) and ("backpack" not in text or "backpack" in true)
-    assert len(set(told["train"].texts)) > 60
-
-
-def test_people_kill_and_ranks(people, tmp_path):
-    out = tmp_path / "run"
-    words = [*PEOPLE, f"out={out}"]
-    assert kill_after(2, start([*words, "workers=1"]), out) < 12
-    (out / "query" / ".x.jpg.1.part").write_bytes(b"half")
-    finish(start(words, ranks=2))
-    assert same_set(out, people)
-
-
-def test_bad_boxes_overlap_as_told():
-    """The window is read off a picture whose colours are its coordinates."""
-    y, x = np.mgrid[:128, :64]
-    picture = Image.fromarray(np.stack([x * 4, y * 2, 0 * x], -1).astype(np.uint8))
-    for box in ([10, 4, 40, 120], [28, 10, 9, 110], [2, 60, 60, 30]):
-        for n, (low, high) in enumerate(people_set.BAD_BOXES.values()):
-            for seed in range(8):
-                crop = people_set.badly_boxed(picture, box, low, high, np.random.default_rng([seed, n]))
-                pixels = np.asarray(crop, float)
-                assert crop.size == (64, 128)
-                left, right = pixels[64, [8, 55], 0] / 4  # away from the rim, where resizing clips
-                top, bottom = pixels[[16, 111], 32, 1] / 2
-                width, height = (right - left) * 64 / 47, (bottom - top) * 128 / 95
-                left, top = left + 0.5 - width * 8.5 / 64, top + 0.5 - height * 16.5 / 128
-                across = max(0, min(left + width, box[0] + box[2]) - max(left, box[0]))
-                down = max(0, min(top + height, box[1] + box[3]) - max(top, box[1]))
-                iou = across * down / (width * height + box[2] * box[3] - across * down)
-                assert low - 0.03 <= iou < high + 0.03, (box, seed)
-
-
-# -------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
@@ -770,16 +655,26 @@ def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
     text = tmp_path / "text.json"
     text.write_text("no json")
     few = tmp_path / "few.json"
-    few.write_text(json.dumps({**good, "annotations": [{**good["annotations"][0], "keypoints": [1, 2, 2]}]}))
+    few.write_text(
+        json.dumps({**good, "annotations": [{**good["annotations"][0], "keypoints": [1, 2, 2]}]})
+    )
     orphan = tmp_path / "orphan.json"
-    orphan.write_text(json.dumps({**good, "annotations": [{**good["annotations"][0], "image_id": 77}]}))
+    orphan.write_text(
+        json.dumps({**good, "annotations": [{**good["annotations"][0], "image_id": 77}]})
+    )
     twice = tmp_path / "twice.json"
     twice.write_text(json.dumps({**good, "annotations": good["annotations"][:1] * 2}))
-    points, box = np.reshape(good["annotations"][0]["keypoints"], (17, 3)), good["annotations"][0]["bbox"]
-    undrawable = {"headonly": points * (np.arange(17) < 5)[:, None], "beside": points + [9000, 0, 0]}
+    points = np.reshape(good["annotations"][0]["keypoints"], (17, 3))
+    box = good["annotations"][0]["bbox"]
+    undrawable = {
+        "headonly": points * (np.arange(17) < 5)[:, None],
+        "beside": points + [9000, 0, 0],
+    }
     for name, keypoints in undrawable.items():
         row = {**good["annotations"][0], "keypoints": keypoints.ravel().tolist(), "bbox": box}
-        (tmp_path / f"{name}.json").write_text(json.dumps({**good, "annotations": [row, {**row, "id": 2}]}))
+        (tmp_path / f"{name}.json").write_text(
+            json.dumps({**good, "annotations": [row, {**row, "id": 2}]})
+        )
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "thesis.txt").write_text("mine")
@@ -807,13 +702,19 @@ def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
             [f"annotations={tmp_path / 'headonly.json'}", "parts=true"],
             "nobody of 2 people can be drawn (too few joints",
         ),
-        ([f"annotations={tmp_path / 'beside.json'}", "parts=true"], "nobody of 2 people can be drawn (too few joints"),
-        ([f"annotations={tiny / 'captions.json'}"], "not a COCO keypoint file"),
-        ([f"annotations={tiny / 'poses.json'}", "min_joints=17", "min_side=9999"], "no person is left"),
+        (
+            [f"annotations={tmp_path / 'beside.json'}", "parts=true"],
+            "nobody of 2 people can be drawn (too few joints",
+        ),
+        ([f"annotations={tiny / 'captions.json'}"], "as COCO people: KeyError 'bbox'"),
+        (
+            [f"annotations={tiny / 'poses.json'}", "min_joints=17", "min_side=9999"],
+            "no person is left",
+        ),
         (["backend=t2i_adapter"], "annotations="),
         (["backend=t2i_adapter", f"annotations={tiny / 'poses.json'}"], "captions="),
         (arguments(tiny, backend="controlnet", condition="keypose"), "condition"),
-        (arguments(tiny, captions=few), "captions file"),
+        (arguments(tiny, captions=few), "as COCO captions: "),
         (arguments(tiny, model=tmp_path / "nowhere"), "model="),
         (arguments(tiny, adapter=tiny / "sd"), "adapter="),
         (arguments(tiny, audit="vitpose", audit_model=tiny / "sd"), "audit_model="),
@@ -832,10 +733,16 @@ def test_missing_model_and_exit_code(tiny, tmp_path):
     words = arguments(tiny, out=tmp_path / "a", adapter="someone/not-downloaded")
     environment = dict(os.environ, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "cache"))
     done = subprocess.run(
-        [sys.executable, ROOT / "generate.py", *words], env=environment, capture_output=True, text=True
+        [sys.executable, ROOT / "generate.py", *words],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: adapter=someone/not-downloaded") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("error: adapter=someone/not-downloaded")
+        and done.stderr.count("\n") == 1
+    )
     assert "hf download someone/not-downloaded" in done.stderr and not (tmp_path / "a").exists()
 
 
@@ -853,26 +760,3 @@ def test_pickled_weights_run_no_code(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="adapter="):
         run(monkeypatch, arguments(tiny, out=tmp_path / "a", adapter=folder))
     assert not (tmp_path / "ran").exists()
-
-
-def test_full_disk_is_one_line(tmp_path, monkeypatch):
-    def full(path, data):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(UserError, match="disk full"):
-        chunks.put(tmp_path / "x.jpg", b"1")
-    assert not list(tmp_path.iterdir())
-
-
-def test_record_before_pictures_cannot_be(tmp_path, monkeypatch):
-    """The record is the last file of a chunk, so that a recorded chunk has all its pictures."""
-    cfg = SimpleNamespace(out=str(tmp_path), picture_format="png", quality=95)
-    order = []
-    monkeypatch.setattr(chunks, "put", lambda path, data: order.append(path.name))
-    row = dict(pose_id=3, k=0, file_name="3_0.png")
-    assert (
-        chunks.write_chunk(cfg, 0, [(Image.new("RGB", (2, 2)), row), (None, dict(pose_id=4, skipped="x"))], 0, "images")
-        == 1
-    )
-    assert order == ["3_0.png", "0000000.jsonl"]

@@ -1,4 +1,6 @@
-"""The three losses: against plain loops in float64 (value and gradient), and 2 and 3 gloo ranks against one process."""
+"""The three losses: against plain loops in float64 (value and gradient), and 2 and 3 gloo ranks
+against one process.
+"""
 
 import math
 import os
@@ -12,8 +14,8 @@ import torch.nn.functional as F
 from pretend_cuda import PretendCuda
 
 import losses
-from model import Decoder, GenPoCCL, ViT
-from tasks.heads import GlobalBatchNorm, Projector
+from losses import GlobalBatchNorm
+from model import Decoder, GenPoCCL, Projector, ViT
 
 M, D, P = 12, 6, 2  # rows of the global batch, width, patch side
 GRID = (2, 3)
@@ -46,7 +48,7 @@ def linear(inputs, outputs):
     return nn.Linear(inputs, outputs).double()
 
 
-# ------------------------------------------------------------------------------------------------------ plain loops
+# -------------------------------------------------------------------------------------- plain loops
 
 
 def loop_multi_positive(z, pose_id, tau):
@@ -58,7 +60,10 @@ def loop_multi_positive(z, pose_id, tau):
         if ids[i] == -1 or not positives:
             continue
         total = sum(torch.exp(z[i] @ z[j] / tau) for j in columns)
-        terms.append(sum(-torch.log(torch.exp(z[i] @ z[j] / tau) / total) for j in positives) / len(positives))
+        terms.append(
+            sum(-torch.log(torch.exp(z[i] @ z[j] / tau) / total) for j in positives)
+            / len(positives)
+        )
     return sum(terms) / len(terms) if terms else 0.0 * z.sum()
 
 
@@ -80,7 +85,12 @@ def loop_reconstruction(pred, images, mask, p):
             for c in range(w):
                 if not mask[b, r * w + c]:
                     continue
-                pixels = [images[b, k, r * p + y, c * p + x] for y in range(p) for x in range(p) for k in range(3)]
+                pixels = [
+                    images[b, k, r * p + y, c * p + x]
+                    for y in range(p)
+                    for x in range(p)
+                    for k in range(3)
+                ]
                 pixels = torch.stack(pixels)
                 mean = pixels.sum() / len(pixels)
                 variance = ((pixels - mean) ** 2).sum() / (len(pixels) - 1)
@@ -105,13 +115,17 @@ def assert_same(a, b, tolerance=1e-10):
 def test_multi_positive_against_loops(name):
     data = batch()
     ours = value_and_gradient(lambda z: losses.multi_positive_loss(z, data[name], 0.1), data["x"])
-    assert_same(ours, value_and_gradient(lambda z: loop_multi_positive(z, data[name], 0.1), data["x"]))
+    assert_same(
+        ours, value_and_gradient(lambda z: loop_multi_positive(z, data[name], 0.1), data["x"])
+    )
     if name == "none":
         assert ours[0] == 0 and (ours[1] == 0).all()
 
 
 def test_multi_positive_leaves_out_pictures_without_pose():
-    """id −1 gets no gradient and changes nothing; an id that occurs once is a negative, so removing it does."""
+    """id −1 gets no gradient and changes nothing; an id that occurs once is a negative, so removing
+    it does.
+    """
     data = batch()
     z, ids = data["x"], data["mixed"]
     value, gradient = value_and_gradient(lambda z: losses.multi_positive_loss(z, ids, 0.1), z)
@@ -124,18 +138,24 @@ def test_multi_positive_hand_worked():
     """Two poses of two equal embeddings, the poses orthogonal: −log(e^(1/τ) / (e^(1/τ) + 2))."""
     z = torch.tensor([[1.0, 0], [3, 0], [0, 1], [0, 2]])
     expected = -math.log(math.exp(2) / (math.exp(2) + 2))
-    assert losses.multi_positive_loss(z, torch.tensor([4, 4, 9, 9]), 0.5).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.multi_positive_loss(z, torch.tensor([4, 4, 9, 9]), 0.5).item() == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_alignment_against_loops():
     data = batch()
     ours = value_and_gradient(lambda a, b: losses.alignment_loss(a, b, 0.2), data["x"], data["x2"])
-    assert_same(ours, value_and_gradient(lambda a, b: loop_alignment(a, b, 0.2), data["x"], data["x2"]))
+    assert_same(
+        ours, value_and_gradient(lambda a, b: loop_alignment(a, b, 0.2), data["x"], data["x2"])
+    )
 
 
 def test_alignment_of_hap_has_the_same_value_and_no_key_gradient():
     a, b = batch()["x"], batch()["x2"]
-    ours = value_and_gradient(lambda a, b: losses.alignment_loss(a, b, 0.2, gather_gradient=False), a, b)
+    ours = value_and_gradient(
+        lambda a, b: losses.alignment_loss(a, b, 0.2, gather_gradient=False), a, b
+    )
     assert ours[0] == losses.alignment_loss(a, b, 0.2)
     held = value_and_gradient(lambda a: loop_alignment(a, b, 0.2), a)  # a also pulled as a key here
     assert (ours[1] - held[1]).abs().max() > 1e-3
@@ -144,8 +164,15 @@ def test_alignment_of_hap_has_the_same_value_and_no_key_gradient():
 def test_reconstruction_against_loops():
     data = batch()
     images, mask = data["images"], data["mask"]
-    ours = value_and_gradient(lambda pred: losses.reconstruction_loss(pred, images, mask, P), data["patches"])
-    assert_same(ours, value_and_gradient(lambda pred: loop_reconstruction(pred, images, mask, P), data["patches"]))
+    ours = value_and_gradient(
+        lambda pred: losses.reconstruction_loss(pred, images, mask, P), data["patches"]
+    )
+    assert_same(
+        ours,
+        value_and_gradient(
+            lambda pred: loop_reconstruction(pred, images, mask, P), data["patches"]
+        ),
+    )
 
 
 def test_reconstruction_without_masked_patch_is_zero():
@@ -161,7 +188,10 @@ def test_patches_are_row_by_row_channel_last_and_return():
     images = batch()["images"]
     patches = losses.patchify(images, P)
     row, column, y, x, k = 1, 2, 1, 0, 2
-    assert patches[3, row * GRID[1] + column, (y * P + x) * 3 + k] == images[3, k, row * P + y, column * P + x]
+    assert (
+        patches[3, row * GRID[1] + column, (y * P + x) * 3 + k]
+        == images[3, k, row * P + y, column * P + x]
+    )
     assert torch.equal(losses.unpatchify(patches, GRID, P), images)
     target, mean, std = losses.normalized(losses.patchify(images, P))
     torch.testing.assert_close(target * std + mean, patches)
@@ -189,7 +219,9 @@ def test_small_temperature_stays_finite():
     data = batch()
     for ids in POSES:
         z = (data["x"] * 1e6).float()
-        value, gradient = value_and_gradient(lambda z, ids=ids: losses.multi_positive_loss(z, data[ids], 1e-3), z)
+        value, gradient = value_and_gradient(
+            lambda z, ids=ids: losses.multi_positive_loss(z, data[ids], 1e-3), z
+        )
         assert value.isfinite() and gradient.isfinite().all()
 
 
@@ -211,18 +243,22 @@ def test_no_wait_for_the_device():
         data = {name: value.cuda() for name, value in data.items()}
         z = data["x"].requires_grad_()
         cuda.watching = True
-        total = losses.multi_positive_loss(z, data["mixed"], 0.1) + losses.alignment_loss(z, data["x2"], 0.2)
+        total = losses.multi_positive_loss(z, data["mixed"], 0.1) + losses.alignment_loss(
+            z, data["x2"], 0.2
+        )
         total = total + losses.reconstruction_loss(data["patches"], data["images"], data["mask"], P)
         total.backward()
         losses.contrastive_health(z, data["mixed"])
     assert z.grad.shape == z.shape and not cuda.waits
 
 
-# ---------------------------------------------------------------------------------------------------- several ranks
+# ------------------------------------------------------------------------------------ several ranks
 
 
 class OwnSliceOnly(torch.autograd.Function):
-    """Mutant: the gather of SimCLR's and MoCo's code; what other ranks say about own columns is dropped."""
+    """Mutant: the gather of SimCLR's and MoCo's code; what other ranks say about own columns is
+    dropped.
+    """
 
     @staticmethod
     def forward(ctx, x):
@@ -249,7 +285,9 @@ def case_align(rows):
 
 def case_rec(rows):
     layer = linear(P * P * 3, P * P * 3)
-    return losses.reconstruction_loss(layer(rows["patches"]), rows["images"], rows["mask"], P), layer
+    return losses.reconstruction_loss(
+        layer(rows["patches"]), rows["images"], rows["mask"], P
+    ), layer
 
 
 def case_norm(rows, kind="x"):
@@ -277,7 +315,7 @@ def tiny_model():
 
 
 def model_steps(model, rows, steps=2):
-    """Two steps of plain SGD (Adam would hide a wrong scale); → the three terms of the last step."""
+    """Two steps of SGD (Adam would hide a wrong scale); → the three terms of the last step."""
     optimizer = torch.optim.SGD(model.parameters(), 0.5)
     g = torch.Generator().manual_seed(3)
     masks = [torch.rand(M, GRID[0] * GRID[1], generator=g).argsort(1) < 3 for _ in range(2)]
@@ -331,7 +369,9 @@ def ranks(request, tmp_path_factory):
     try:
         mp.spawn(one_rank, (request.param, str(folder)), request.param)
     finally:
-        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(OMP_NUM_THREADS=before)
+        os.environ.pop("OMP_NUM_THREADS") if before is None else os.environ.update(
+            OMP_NUM_THREADS=before
+        )
     return [torch.load(folder / f"rank{r}.pt") for r in range(request.param)]
 
 
@@ -347,7 +387,9 @@ def alone():
 
 @pytest.mark.parametrize("name", [*CASES, "health", "model"])
 def test_ranks_equal_one_process(ranks, alone, name):
-    """Loss, gradient of shared weights, running statistics; for the model: weights after two SGD steps."""
+    """Loss, gradient of shared weights, running statistics; for the model: weights after two SGD
+    steps.
+    """
     for rank in ranks:
         assert_same(rank[name], alone[name], 1e-9)
 
@@ -362,11 +404,17 @@ def test_a_wrong_gather_is_seen(ranks, alone, name, mutant):
 
 @pytest.mark.parametrize("kind", ["x", "maps"])
 def test_global_batch_norm_equals_torch(alone, kind):
-    """Value, gradient and running statistics of nn.BatchNorm on the whole batch; then evaluation mode."""
+    """Value, gradient and running statistics of nn.BatchNorm on the whole batch; then evaluation
+    mode.
+    """
     x = batch()[kind]
-    ours, theirs = GlobalBatchNorm(D).double(), (nn.BatchNorm1d if kind == "x" else nn.BatchNorm2d)(D).double()
+    ours, theirs = (
+        GlobalBatchNorm(D).double(),
+        (nn.BatchNorm1d if kind == "x" else nn.BatchNorm2d)(D).double(),
+    )
     assert_same(
-        value_and_gradient(lambda x: ours(x).pow(3).sum(), x), value_and_gradient(lambda x: theirs(x).pow(3).sum(), x)
+        value_and_gradient(lambda x: ours(x).pow(3).sum(), x),
+        value_and_gradient(lambda x: theirs(x).pow(3).sum(), x),
     )
     torch.testing.assert_close(ours.running_var, theirs.running_var)
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))

@@ -1,4 +1,6 @@
-"""The puppet: a body that obeys its joints, pictures that obey their poses, identities that obey their words."""
+"""The puppet: a body that obeys its joints, pictures that obey their poses, identities that obey
+their words.
+"""
 
 import json
 import os
@@ -18,7 +20,9 @@ LEFT_RIGHT = ((5, 6), (7, 8), (9, 10), (11, 12), (13, 14), (15, 16))
 
 def draw(poses, n, size=SIZE, seed=0, k=0, camera=None):
     keys = [(i, k) for i in range(n)]
-    return pp.render(poses, pp.sample_identities(seed, keys), pp.sample_scenes(seed, keys, camera), size)
+    return pp.render(
+        poses, pp.sample_identities(seed, keys), pp.sample_scenes(seed, keys, camera), size
+    )
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,7 @@ def sampled():
     return poses, draw(poses, 160)
 
 
-# ------------------------------------------------------------------------------------------------------ determinism
+# -------------------------------------------------------------------------------------- determinism
 
 
 def test_a_picture_depends_on_itself_only():
@@ -38,7 +42,10 @@ def test_a_picture_depends_on_itself_only():
     batch = pp.render(poses, people, scenes, SIZE)
     for i in (5, 0, 3):
         alone = pp.render(
-            pp.sample_poses(5, [keys[i][0]]), pp.sample_identities(5, [keys[i]]), pp.sample_scenes(5, [keys[i]]), SIZE
+            pp.sample_poses(5, [keys[i][0]]),
+            pp.sample_identities(5, [keys[i]]),
+            pp.sample_scenes(5, [keys[i]]),
+            SIZE,
         )
         for name, array in alone.items():
             assert array.tobytes() == batch[name][i : i + 1].tobytes(), name
@@ -86,7 +93,7 @@ def test_a_camera_keeps_its_background():
     assert 0 < near < np.abs(places[0] - places[4]).mean()
 
 
-# ------------------------------------------------------------------------------------------------------------- body
+# --------------------------------------------------------------------------------------------- body
 
 
 def test_bones_keep_their_length():
@@ -96,7 +103,10 @@ def test_bones_keep_their_length():
         stature = length / metres
         assert (stature > 0.89).all() and (stature < 1.09).all()
         # All bones of one person grow together.
-        first = np.linalg.norm(points[:, body.BONES[0][0]] - points[:, body.BONES[0][1]], axis=1) / body.BONES[0][2]
+        first = (
+            np.linalg.norm(points[:, body.BONES[0][0]] - points[:, body.BONES[0][1]], axis=1)
+            / body.BONES[0][2]
+        )
         np.testing.assert_allclose(stature, first, rtol=1e-6)
 
 
@@ -106,20 +116,26 @@ def test_joint_limits_and_hinges():
     assert (poses.angles >= low).all() and (poses.angles <= high).all()
     at = lambda j: poses.points[:, j]  # noqa: E731
     for o in (0, 1):
-        thigh, shank = at(body.L_KNE + o) - at(body.L_HIP + o), at(body.L_ANK + o) - at(body.L_KNE + o)
+        thigh = at(body.L_KNE + o) - at(body.L_HIP + o)
+        shank = at(body.L_ANK + o) - at(body.L_KNE + o)
         # The shin bends towards the heel, never towards the toe.
         toe = at(body.L_TOE + o) - at(body.L_HEEL + o)
         front = toe - shank * (toe * shank).sum(1, keepdims=True) / (shank**2).sum(1, keepdims=True)
-        bend = (thigh * front).sum(1) / np.linalg.norm(thigh, axis=1) / np.linalg.norm(front, axis=1)
+        bend = (
+            (thigh * front).sum(1) / np.linalg.norm(thigh, axis=1) / np.linalg.norm(front, axis=1)
+        )
         assert (bend > -0.06).all()  # the foot's own small turn is in `front`
         assert (bend > 0.5).mean() > 0.15  # and knees do bend
-        upper, fore = at(body.L_ELB + o) - at(body.L_SHO + o), at(body.L_WRI + o) - at(body.L_ELB + o)
+        upper = at(body.L_ELB + o) - at(body.L_SHO + o)
+        fore = at(body.L_WRI + o) - at(body.L_ELB + o)
         cos = (upper * fore).sum(1) / np.linalg.norm(upper, axis=1) / np.linalg.norm(fore, axis=1)
         assert (np.degrees(np.arccos(np.clip(cos, -1, 1))) <= 145.01).all()
 
 
 def test_left_is_left():
-    """Whoever shows us the chest has the left shoulder, hip, ear at the picture's right; from behind at the left."""
+    """Whoever shows us the chest has the left shoulder, hip, ear at the picture's right; from
+    behind at the left.
+    """
     poses = pp.sample_poses(0, range(400))
     upright = np.array(poses.points[:, body.NECK, 1] < poses.points[:, body.L_HIP, 1] - 0.3)
     xy = pp.project(poses, SIZE)[0]
@@ -132,14 +148,16 @@ def test_left_is_left():
     assert ((look * -poses.head[:, 2]).sum(1) > 0.08).all()
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def test_keypoints_are_the_projected_joints(sampled):
     poses, out = sampled
     k, (H, W) = out["keypoints"], SIZE
     scale = np.minimum(W / poses.window[:, 2], H / poses.window[:, 3])[:, None, None]
-    xy = (out["joints3d"][..., :2] / out["joints3d"][..., 2:] - poses.window[:, None, :2]) * scale + (W / 2, H / 2)
+    xy = (
+        out["joints3d"][..., :2] / out["joints3d"][..., 2:] - poses.window[:, None, :2]
+    ) * scale + (W / 2, H / 2)
     inside = k[..., 2] > 0
     np.testing.assert_allclose(k[..., :2][inside], xy[inside], atol=2e-3)
     assert inside.mean() > 0.97
@@ -152,14 +170,29 @@ def test_visible_joints_lie_on_their_part_and_boxes_hold_the_person(sampled):
     k, parts = out["keypoints"], out["parts"]
     x, y = (k[..., i].round().astype(int) for i in (0, 1))
     at = parts[np.arange(len(k))[:, None], y.clip(0, SIZE[0] - 1), x.clip(0, SIZE[1] - 1)]
-    for joint, part in ((7, 3), (8, 4), (9, 3), (10, 4), (13, 5), (14, 6), (15, 5), (16, 6), (0, 1)):
+    for joint, part in (
+        (7, 3),
+        (8, 4),
+        (9, 3),
+        (10, 4),
+        (13, 5),
+        (14, 6),
+        (15, 5),
+        (16, 6),
+        (0, 1),
+    ):
         seen = k[:, joint, 2] == 2
         assert seen.sum() > 30 and (at[seen, joint] == part).mean() > 0.95
     hidden = (k[..., 2] == 1).mean()
     assert 0.05 < hidden < 0.5  # turned faces, far arms, occluders
     for box, mask in zip(out["boxes"], parts):
         ys, xs = np.nonzero(mask)
-        assert xs.min() >= box[0] and xs.max() < box[0] + box[2] and ys.min() >= box[1] and ys.max() < box[1] + box[3]
+        assert (
+            xs.min() >= box[0]
+            and xs.max() < box[0] + box[2]
+            and ys.min() >= box[1]
+            and ys.max() < box[1] + box[3]
+        )
     assert 0.08 < (parts > 0).mean() < 0.5
     assert set(np.unique(parts)) == set(range(7))
 
@@ -175,14 +208,16 @@ def test_sizes_agree():
     poses = pp.sample_poses(7, range(6))
     small, large = draw(poses, 6, (128, 64)), draw(poses, 6, (256, 128))
     both = (small["keypoints"][..., 2] > 0) & (large["keypoints"][..., 2] > 0)
-    np.testing.assert_allclose(small["keypoints"][both][:, :2] * 2, large["keypoints"][both][:, :2], atol=1e-3)
+    np.testing.assert_allclose(
+        small["keypoints"][both][:, :2] * 2, large["keypoints"][both][:, :2], atol=1e-3
+    )
     half = large["image"].reshape(6, 128, 2, 64, 2, 3).mean((2, 4))
     assert np.abs(half - small["image"]).mean() < 16
     wide = draw(poses, 6, (96, 80))  # another aspect: still everybody inside
     assert (wide["boxes"][:, 2] > 5).all() and (wide["keypoints"][..., 2] > 0).mean() > 0.95
 
 
-# ------------------------------------------------------------------------------------------------------- identities
+# --------------------------------------------------------------------------------------- identities
 
 
 def dominant_colour(pixels):
@@ -194,10 +229,21 @@ def dominant_colour(pixels):
 
 
 def test_clothes_have_the_colour_their_name_says():
-    """Plain clothes in neutral light: the torso's pixels are nearest to the colour named (black, gray, white: grey)."""
-    people = [p for p in pp.sample_identities(0, [(i,) for i in range(700)]).people if p["upper_pattern"] == "plain"]
-    people = [p for p in people if p["upper"] in ("t-shirt", "sweater", "hoodie") and not p["backpack"]][:60]
-    poses = pp.take(pp.sample_poses(0, range(400)), pp.sample_poses(0, range(400)).chest[:, 2, 2] < -0.7)  # backs
+    """Plain clothes in neutral light: the torso's pixels are nearest to the colour named (black,
+    gray, white: grey).
+    """
+    people = [
+        p
+        for p in pp.sample_identities(0, [(i,) for i in range(700)]).people
+        if p["upper_pattern"] == "plain"
+    ]
+    people = [
+        p for p in people if p["upper"] in ("t-shirt", "sweater", "hoodie") and not p["backpack"]
+    ][:60]
+    # Backs.
+    poses = pp.take(
+        pp.sample_poses(0, range(400)), pp.sample_poses(0, range(400)).chest[:, 2, 2] < -0.7
+    )
     poses = pp.take(poses, np.arange(60))
     for p in people:
         p["hair"], p["bag"] = "short", "none"
@@ -212,7 +258,11 @@ def test_clothes_have_the_colour_their_name_says():
         torso = out["parts"][i] == 2
         torso[rows[0] + int(0.75 * len(rows)) :] = False  # above the trousers
         found = dominant_colour(out["image"][i][torso] / 255)
-        near = {found, "yellow" if found == "orange" else found, "orange" if found == "brown" else found}
+        near = {
+            found,
+            "yellow" if found == "orange" else found,
+            "orange" if found == "brown" else found,
+        }
         right += p["upper_colour"] in near or (p["upper_colour"] in greys and found in greys)
     assert right >= 55, right
 
@@ -225,7 +275,11 @@ def test_attributes_and_sentences_are_true():
     rates = {n: np.mean([row[n] for row in table]) for n in names}
     assert all(0 < r < 1 for r in rates.values()), rates
     for row in table:
-        assert sum(row["up_" + c] for c in figure.UP_COLOURS) == 1 == sum(row["down_" + c] for c in figure.DOWN_COLOURS)
+        assert (
+            sum(row["up_" + c] for c in figure.UP_COLOURS)
+            == 1
+            == sum(row["down_" + c] for c in figure.DOWN_COLOURS)
+        )
         assert not (row["backpack"] and row["bag"])
     said = set()
     for p, row in zip(people, table):
@@ -233,9 +287,21 @@ def test_attributes_and_sentences_are_true():
         words = text.lower().replace(",", " ").replace(".", " ").split()
         said.add(text)
         assert text[0].isupper() and text.endswith(".") and "  " not in text and "none" not in text
-        assert p["upper_colour"] in words and p["lower_colour"] in words and p["upper"] in text and p["lower"] in words
-        facts = dict(backpack=row["backpack"], handbag=row["handbag"], skirt=row["skirt"], cap=p["hat"] == "cap")
-        facts |= dict(bald=p["hair"] == "bald", sunglasses=p["glasses"] == "sunglasses", woman=row["female"])
+        assert (
+            p["upper_colour"] in words
+            and p["lower_colour"] in words
+            and p["upper"] in text
+            and p["lower"] in words
+        )
+        facts = dict(
+            backpack=row["backpack"],
+            handbag=row["handbag"],
+            skirt=row["skirt"],
+            cap=p["hat"] == "cap",
+        )
+        facts |= dict(
+            bald=p["hair"] == "bald", sunglasses=p["glasses"] == "sunglasses", woman=row["female"]
+        )
         facts |= {"short-sleeved": row["short_sleeves"], "man": not row["female"]}
         facts |= dict(striped="striped" in (p["upper_pattern"], p["lower_pattern"]))
         for word, true in facts.items():
@@ -246,7 +312,9 @@ def test_attributes_and_sentences_are_true():
 
 def test_attributes_show_in_the_picture():
     """Changing one attribute changes pixels of the right part and nothing of the keypoints."""
-    pose = pp.take(pp.sample_poses(0, range(400)), pp.sample_poses(0, range(400)).chest[:, 2, 2] < -0.8)
+    pose = pp.take(
+        pp.sample_poses(0, range(400)), pp.sample_poses(0, range(400)).chest[:, 2, 2] < -0.8
+    )
     pose = pp.take(pose, [3])
     scene, person = pp.sample_scenes(0, [(0,)]), pp.sample_identities(0, [(0,)]).people[0]
     person |= dict(
@@ -281,21 +349,34 @@ def test_a_logo_shows_in_its_colour_from_the_front_only():
     person, scene = pp.sample_identities(0, [(0,)]).people[0], pp.sample_scenes(0, [(0,)])
     scene.scenes[0].update(cast=np.ones(3, np.float32), noise=0.0, blur=0.0, occluder=None)
     person |= dict(backpack=False, bag="none", hair="short", upper="sweater", sleeves="long")
-    person |= dict(upper_pattern="plain", upper_colour="black", upper_rgb=np.array(figure.COLOURS["black"], np.float32))
+    person |= dict(
+        upper_pattern="plain",
+        upper_colour="black",
+        upper_rgb=np.array(figure.COLOURS["black"], np.float32),
+    )
     for front in (True, False):
-        poses = pp.take(sampled, np.flatnonzero((1 if front else -1) * sampled.chest[:, 2, 2] > 0.8)[:10])
+        poses = pp.take(
+            sampled, np.flatnonzero((1 if front else -1) * sampled.chest[:, 2, 2] > 0.8)[:10]
+        )
         for name in ("red", "blue"):
-            logo = person | dict(upper_pattern="logo", upper_second_rgb=np.array(figure.COLOURS[name], np.float32))
+            logo = person | dict(
+                upper_pattern="logo", upper_second_rgb=np.array(figure.COLOURS[name], np.float32)
+            )
             shows = 0
             for i in range(10):
-                plain, out = (pp.render(pp.take(poses, [i]), pp.Identities([p]), scene, SIZE) for p in (person, logo))
+                plain, out = (
+                    pp.render(pp.take(poses, [i]), pp.Identities([p]), scene, SIZE)
+                    for p in (person, logo)
+                )
                 changed = np.abs(out["image"].astype(int) - plain["image"]).max(-1) > 25
-                assert (out["parts"][changed] == 2).sum() >= 0.8 * changed.sum()  # the trunk, but for soft borders
+                # The trunk, but for soft borders.
+                assert (out["parts"][changed] == 2).sum() >= 0.8 * changed.sum()
                 shows += changed.sum() > 8 and dominant_colour(out["image"][changed] / 255) == name
-            assert shows >= 8 if front else shows == 0, (front, name, shows)  # an arm may be in front of it
+            # An arm may be in front of it.
+            assert shows >= 8 if front else shows == 0, (front, name, shows)
 
 
-# --------------------------------------------------------------------------------------------------- real 2-D poses
+# ----------------------------------------------------------------------------------- real 2-D poses
 
 
 def expected_px(keypoints, boxes, size, pad=1.15):
@@ -318,7 +399,8 @@ def check_exact(keypoints, boxes, size):
     assert np.abs(out["keypoints"][..., :2] - wanted)[given & inside].max() < 0.01
     edge = (wanted < -0.5).any(-1) | (wanted >= np.array(size[::-1]) - 0.5).any(-1)
     assert np.array_equal(inside[given], ~edge[given])
-    assert (out["keypoints"][..., 2][~given] < 2).all()  # completed joints never pass for given ones
+    # Completed joints never pass for given ones.
+    assert (out["keypoints"][..., 2][~given] < 2).all()
     assert np.isfinite(poses.points).all() and (poses.points[..., 2] > 1).all()
     assert ((out["parts"] > 0).mean((1, 2)) > 0.02).mean() > 0.98
     return poses, out
@@ -346,12 +428,15 @@ def test_missing_joints_are_completed_and_hopeless_poses_refused():
         part = k.copy()
         part[:, drop] = 0
         assert not pp.poses_from_keypoints(part, boxes).ok.any()
-    assert not pp.poses_from_keypoints(np.full((1, 17, 3), 5.0), [[0, 0, 9, 9]], SIZE).ok[0]  # all on one point
+    # All on one point.
+    assert not pp.poses_from_keypoints(np.full((1, 17, 3), 5.0), [[0, 0, 9, 9]], SIZE).ok[0]
     assert not pp.poses_from_keypoints(k[:1], [[0, 0, 0, 0]]).ok[0]
 
 
 def test_lifting_finds_the_way_a_person_faces():
-    """From our own 2-D joints: front and back are told apart, and the lifted depth is better than flat."""
+    """From our own 2-D joints: front and back are told apart, and the lifted depth is better than
+    flat.
+    """
     truth = pp.sample_poses(12, range(200))
     out = draw(truth, 200)
     k = out["keypoints"].astype(float)
@@ -361,24 +446,37 @@ def test_lifting_finds_the_way_a_person_faces():
     assert agree[clear].mean() > 0.95
     # Where the face's joints are seen, the head turns the right way too.
     seen = (out["keypoints"][:, :5, 2] == 2).sum(1) >= 3
-    assert seen.sum() > 50 and ((poses.head[:, 2] * truth.head[:, 2]).sum(1)[seen] > 0.7).mean() > 0.85
+    assert (
+        seen.sum() > 50 and ((poses.head[:, 2] * truth.head[:, 2]).sum(1)[seen] > 0.7).mean() > 0.85
+    )
     z_true = truth.points[:, :17, 2] - truth.points[:, [11, 12], 2].mean(1, keepdims=True)
     z = poses.points[:, :17, 2] - poses.points[:, [11, 12], 2].mean(1, keepdims=True)
     assert np.corrcoef(z.ravel(), z_true.ravel())[0, 1] > 0.3
 
 
 def test_completed_joints_are_where_they_belong():
-    """One joint dropped at a time: seen from its left/right twin, the completed one is near the true one."""
+    """One joint dropped at a time: seen from its left/right twin, the completed one is near the
+    true one.
+    """
     poses = pp.sample_poses(13, range(120))
     out = draw(poses, 120)
-    wide = np.abs(poses.chest[:, 2, 2]) > 0.7  # seen from the front or the back, where a mirrored guess is far off
+    # Seen from the front or the back, where a mirrored guess is far off.
+    wide = np.abs(poses.chest[:, 2, 2]) > 0.7
     truth, boxes = out["keypoints"][wide], out["boxes"][wide]
     zoom = np.minimum(SIZE[1] / boxes[:, 2], SIZE[0] / boxes[:, 3])[:, None] / 1.15
-    for joint, twin, limit in ((5, 6, 0.12), (11, 12, 0.12), (12, 11, 0.12), (13, 14, 0.3), (15, 16, 0.3)):
+    for joint, twin, limit in (
+        (5, 6, 0.12),
+        (11, 12, 0.12),
+        (12, 11, 0.12),
+        (13, 14, 0.3),
+        (15, 16, 0.3),
+    ):
         k = truth.astype(float)
         k[:, joint] = 0
         xy = pp.project(pp.poses_from_keypoints(k, boxes), SIZE)[0]
-        wrong = np.linalg.norm(xy[:, joint] - xy[:, twin] - (truth[:, joint, :2] - truth[:, twin, :2]) * zoom, axis=1)
+        wrong = np.linalg.norm(
+            xy[:, joint] - xy[:, twin] - (truth[:, joint, :2] - truth[:, twin, :2]) * zoom, axis=1
+        )
         torso = np.linalg.norm(xy[:, body.NECK] - (xy[:, 11] + xy[:, 12]) / 2, axis=1)
         assert np.median(wrong / torso) < limit, (joint, np.median(wrong / torso))
     k = truth.astype(float)
@@ -426,7 +524,12 @@ def test_lsp_order():
             ]
         ),
     )
-    assert (out[:5, 1] < 18).all() and (out[:5, 1] > 4).all() and out[1, 0] > out[2, 0] and out[3, 0] > out[4, 0]
+    assert (
+        (out[:5, 1] < 18).all()
+        and (out[:5, 1] > 4).all()
+        and out[1, 0] > out[2, 0]
+        and out[3, 0] > out[4, 0]
+    )
     k[0, 13, 2] = 0
     assert (pp.lsp_to_coco(k)[0, :5] == 0).all()
 

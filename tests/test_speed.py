@@ -1,35 +1,36 @@
-"""Fast paths equal plain ones, memory is what it is said to be, and the benchmark's own counters count right.
+"""Fast paths equal plain ones, memory is what it is said to be, the benchmarks count right.
 
 Nothing is timed here: benchmarks/throughput.py measures.
 """
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import ROOT, run_script
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
+import common
 import data
 import losses
 import model
-from common import CROP, FLIP, seed_all
-from formats import coco
-from plumbing.batches import PoseBatches
+from formats.coco import read_people
+from formats.joints import COCO_JOINTS
+from plumbing.pictures import load_picture
+from plumbing.seeds import CROP, FLIP, seed_all
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 
-from timing import PeakMemory, Products, flops, ratio  # noqa: E402
+from timing import PeakMemory, flops, ratio  # noqa: E402
+
+ALONE = common.Ranks(0, 1, torch.device("cpu"))
 
 
 def picture(w, h, seed=0):
-    """Blurred noise: as sharp as a photograph, and nowhere black or white, where a resize's passes are cut off."""
+    """Blurred noise: as sharp as a photograph, nowhere black or white, where resizing cuts off."""
     noise = np.random.default_rng(seed).integers(40, 216, (h // 3, w // 3, 3)).astype(np.uint8)
     return Image.fromarray(noise).resize((w, h), Image.Resampling.BILINEAR)
 
@@ -42,19 +43,20 @@ def a_set(folder, n=12, size=(60, 130)):
         images.append({"id": i, "file_name": f"{i}.png", "width": size[0], "height": size[1]})
         box = [4.0, 6.0, size[0] - 9.0, size[1] - 13.0]
         keypoints = [v for j in range(17) for v in (5 + 2 * j, 10 + 6 * j, 2)]
-        annotations.append({"id": i, "image_id": i, "bbox": box, "keypoints": keypoints, "pose_id": i // 3})
-    category = {"id": 1, "name": "person", "keypoints": data.COCO_JOINTS, "skeleton": []}
+        person = {"id": i, "image_id": i, "bbox": box, "keypoints": keypoints, "pose_id": i // 3}
+        annotations.append(person)
+    category = {"id": 1, "name": "person", "keypoints": COCO_JOINTS, "skeleton": []}
     document = {"images": images, "annotations": annotations, "categories": [category]}
     (folder / "annotations.json").write_text(json.dumps(document))
-    return coco.read_people(folder / "annotations.json")[0]
+    return read_people(folder / "annotations.json")[0]
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------- pictures
 
 
 def test_resize_equals_pillow_up_to_rounding(tmp_path):
     people = a_set(tmp_path)
-    dataset = data.PretrainPictures([people], (96, 48), seed=3, shared="nothing")
+    dataset = data.PretrainPictures([people], (96, 48), 3, data.Augmentation(shared="nothing"))
     for index in range(12):
         item = dataset[(1, index)]
         region = data.padded_box(people.boxes[index], 1.25, people.size[index])
@@ -63,8 +65,9 @@ def test_resize_equals_pillow_up_to_rounding(tmp_path):
         mirrored = torch.rand(()) < 0.5
         seed_all(CROP, 3, 1, 1, index)
         left, top, cw, ch = data.random_crop(w, h, 0.8, 0.5)
-        plain = data.load_picture(people.folder, people.files[index])
-        plain = plain.crop((x + left, y + top, x + left + cw, y + top + ch)).resize((48, 96), Image.Resampling.BICUBIC)
+        plain = load_picture(people.folder, people.files[index])
+        plain = plain.crop((x + left, y + top, x + left + cw, y + top + ch))
+        plain = plain.resize((48, 96), Image.Resampling.BICUBIC)
         plain = torch.from_numpy(np.array(plain)).permute(2, 0, 1)
         plain = plain.flip(2) if mirrored else plain
         gap = (item["image"].int() - plain.int()).abs()
@@ -72,14 +75,17 @@ def test_resize_equals_pillow_up_to_rounding(tmp_path):
 
 
 def test_crop_has_the_distribution_of_torchvision():
-    """Share of the area, ratio and place: quantiles of 4,000 draws of each differ by less than chance allows."""
+    """Share of the area, ratio and place: 4,000 draws of each differ by less than chance allows."""
     torch.manual_seed(0)
     w, h, n = 130, 250, 4000
     ours = torch.tensor([data.random_crop(w, h, 0.8, 0.5) for _ in range(n)], dtype=torch.float64)
     region = torch.empty(1, h, w)
     theirs = [RandomResizedCrop.get_params(region, (0.8, 1.0), (0.375, 2 / 3)) for _ in range(n)]
-    theirs = torch.tensor([(left, top, cw, ch) for top, left, ch, cw in theirs], dtype=torch.float64)
-    assert (ours[:, :2] >= 0).all() and (ours[:, 0] + ours[:, 2] <= w).all() and (ours[:, 1] + ours[:, 3] <= h).all()
+    theirs = torch.tensor(
+        [(left, top, cw, ch) for top, left, ch, cw in theirs], dtype=torch.float64
+    )
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= w).all() and (ours[:, 1] + ours[:, 3] <= h).all()
     for name, figure in {
         "area": lambda r: r[:, 2] * r[:, 3],
         "ratio": lambda r: r[:, 2] / r[:, 3],
@@ -88,42 +94,48 @@ def test_crop_has_the_distribution_of_torchvision():
     }.items():
         a, b = figure(ours).sort().values, figure(theirs).sort().values
         everywhere = torch.cat([a, b])
-        gap = (torch.searchsorted(a, everywhere, right=True) - torch.searchsorted(b, everywhere, right=True)).abs()
-        assert gap.max() / n < 1.95 * (2 / n) ** 0.5, name  # Kolmogorov-Smirnov, once in a thousand
+        below = [torch.searchsorted(x, everywhere, right=True) for x in (a, b)]
+        gap = (below[0] - below[1]).abs().max() / n
+        assert gap < 1.95 * (2 / n) ** 0.5, name  # Kolmogorov-Smirnov, once in a thousand
 
 
-@pytest.mark.parametrize("size, expected", [((300, 20), (143, 0, 13, 20)), ((20, 300), (0, 123, 20, 53))])
+NARROW = [((300, 20), (143, 0, 13, 20)), ((20, 300), (0, 123, 20, 53))]
+
+
+@pytest.mark.parametrize("size, expected", NARROW)
 def test_crop_of_a_region_that_no_rectangle_fits(size, expected):
     assert data.random_crop(*size, 0.8, 0.5) == expected
 
 
 def test_normalize_is_the_formula_and_leaves_its_input_alone():
     pixels = torch.randint(256, (2, 3, 8, 4), dtype=torch.uint8)
-    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (data.IMAGENET_MEAN, data.IMAGENET_STD))
-    assert torch.equal(data.normalize(pixels), (pixels.float() - mean) / std)
+    mean = torch.tensor(model.IMAGENET_MEAN).view(3, 1, 1) * 255
+    std = torch.tensor(model.IMAGENET_STD).view(3, 1, 1) * 255
+    assert torch.equal(model.normalize(pixels), (pixels.float() - mean) / std)
     floats = pixels.float()
-    data.normalize(floats)
+    model.normalize(floats)
     assert torch.equal(floats, pixels.float())
 
 
-# -------------------------------------------------------------------------------------------------- annotation files
+# --------------------------------------------------------------------------------- annotation files
 
 
 def test_annotations_are_arrays_that_are_shared_and_not_copied(tmp_path):
-    """Per annotation there is no Python object, neither in the data set nor in the plan: workers share the pages."""
+    """No Python object per annotation, in the data set or in the plan: workers share the pages."""
     people = a_set(tmp_path)
     dataset = data.PretrainPictures([people], (96, 48), seed=0)
     assert np.shares_memory(dataset.keypoints[0], people.keypoints)
-    batches = PoseBatches(dataset, 6, 3, [], 0)
+    batches = data.PoseBatches(dataset, 6, 3, [], 0, ALONE)
     for thing in (dataset, batches, people):
         values = thing._asdict() if hasattr(thing, "_asdict") else vars(thing)
         for name, value in values.items():
-            if name not in ("joints", "skeleton", "flip", "category", "people", "folder", "size"):
-                for part in value if isinstance(value, (list, tuple)) else [value]:
-                    assert not isinstance(part, (list, tuple, dict)) or len(part) < len(dataset), name
+            if name in ("joints", "skeleton", "flip", "category", "people", "folder", "size"):
+                continue
+            for part in value if isinstance(value, (list, tuple)) else [value]:
+                assert not isinstance(part, (list, tuple, dict)) or len(part) < len(dataset), name
 
 
-# ----------------------------------------------------------------------------------------------- losses and the step
+# ------------------------------------------------------------------------------ losses and the step
 
 
 def test_target_by_hand_equals_var_mean():
@@ -138,11 +150,15 @@ def test_target_by_hand_equals_var_mean():
 
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_logits_are_own_rows_by_gathered_columns(ranks, monkeypatch):
-    """The largest tensor of the contrastive terms is own rows × all columns, forward and backward."""
+    """The largest tensor of the contrastive terms, forward and backward: own rows × all columns."""
     M, D = 512, 16
     for name in ("gather_with_gradient", "gather_rows_of"):
         gather = getattr(losses, name)
-        monkeypatch.setattr(losses, name, lambda x, gather=gather: gather(x).repeat(ranks, *[1] * (x.ndim - 1)))
+
+        def repeated(x, gather=gather):  # all ranks hold our rows
+            return gather(x).repeat(ranks, *[1] * (x.ndim - 1))
+
+        monkeypatch.setattr(losses, name, repeated)
     z = torch.randn(M // ranks, D, requires_grad=True)
     pose_id = torch.arange(M // ranks) // 4
     matrix = M // ranks * M * 4  # bytes in float32
@@ -164,40 +180,51 @@ def test_recomputing_activations_needs_less_memory_and_gives_the_same_gradient()
         torch.manual_seed(0)
         encoder = model.ViT(48, 4, 3, (64, 32), 8, checkpoint_activations=recompute)
         net = model.GenPoCCL(encoder, model.Decoder(encoder, 32, 2, 2))
-        images, masks = torch.randn(8, 3, 64, 32), [torch.rand(8, 32).argsort(1) < 16 for _ in range(2)]
+        images, masks = (
+            torch.randn(8, 3, 64, 32),
+            [torch.rand(8, 32).argsort(1) < 16 for _ in range(2)],
+        )
         with PeakMemory(*net.parameters()) as memory:
             net(images, masks, torch.arange(8) // 4)["total"].backward()
         return [p.grad for p in net.parameters() if p.grad is not None], memory.peak
 
     (plain, most), (again, least) = step(False), step(True)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, again)) and len(plain) == len(again)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain, again)) and len(plain) == len(
+        again
+    )
     assert least < 0.6 * most
 
 
 def test_predicting_masked_patches_alone_equals_predicting_all():
-    """The step asks the decoder for the masked patches only; the plain way predicts all and picks them."""
+    """The decoder keeps tokens in any order and predicts the masked ones; MAE restores the grid."""
     torch.manual_seed(0)
     encoder = model.ViT(48, 2, 3, (64, 32), 8)
     decoder = model.Decoder(encoder, 32, 2, 2)
     order = torch.rand(4, 32).argsort(1)
     visible, masked = order[:, :16].sort(1).values, order[:, 16:].sort(1).values
     tokens = encoder(torch.randn(4, 3, 64, 32), visible)
-    everything = decoder(tokens, visible)
-    assert torch.allclose(
-        decoder(tokens, visible, masked), everything.gather(1, masked[..., None].expand(-1, -1, 192)), atol=1e-5
-    )
+
+    x = decoder.embed(tokens)
+    grid = decoder.mask_token.repeat(4, 32, 1)
+    for row in range(4):
+        grid[row, visible[row]] = x[row, 2:]  # behind [CLS] and [POSE]
+    x = torch.cat([x[:, :2], grid], 1) + decoder.pos_embed
+    for block in decoder.blocks:
+        x = block(x)
+    everything = decoder.head(decoder.norm(x))[:, 2:]
+    picked = torch.stack([everything[row, masked[row]] for row in range(4)])
+    assert torch.allclose(decoder(tokens, visible, masked), picked, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------- the benchmark's counters
+# ------------------------------------------------------------------------- the benchmark's counters
 
 
 def test_counters():
     a = torch.randn(8, 16, requires_grad=True)
     b = torch.randn(16, 4)
-    assert flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 8 * 16 * 4  # forward, and the gradient of a alone
-    with Products() as products:
-        F.linear(a, b.T, torch.zeros(4))
-    assert len(products.calls) == 1
+    assert (
+        flops(lambda: (a @ b).sum().backward()) == 2 * 2 * 8 * 16 * 4
+    )  # forward, and the gradient of a alone
     with PeakMemory(a) as memory:
         x = a.detach() + 1  # 512 bytes each
         x = x + 1
@@ -208,9 +235,11 @@ def test_counters():
 
 def test_a_table_prints_a_json_line_per_row():
     """The other tables run in test_on_gpu.py."""
-    words = "rounds=1 seconds=0 height=32 width=16 pictures=24 workers=1".split()
-    command = [sys.executable, str(ROOT / "benchmarks/throughput.py"), "data", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    words = "memory size=tiny height=32 width=16 patch=8 batches=4,8".split()
+    done = run_script("benchmarks/throughput.py", *words)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) >= 3 and all(row["table"].startswith("data") for row in rows)
+    assert len(rows) == 4 and all(row["table"] == "memory" for row in rows)
+    assert rows[0]["peak_GB"] < rows[2]["peak_GB"]  # a larger batch holds more
+    done = run_script("benchmarks/throughput.py", "stop")
+    assert done.returncode == 2 and done.stderr.startswith('error: no table "stop"; ')

@@ -1,0 +1,228 @@
+"""What a person looks at after fine-tuning: poses, attributes, ranked lists, captions.
+
+Legend: N people · P pictures · K joints · A attributes. A sheet or chart is one PNG at `path`.
+Pictures are whatever grids.as_picture takes.
+"""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from drawing import grids
+from drawing.grids import FAINT, GROUND, INK, PAPER, as_picture, font, sheet, wrapped
+from drawing.skeletons import OVERLAY_LEFT, OVERLAY_RIGHT, SCORE_FLOOR, overlay, side_of
+
+BLUE, ORANGE = (20, 90, 190), (200, 90, 0)  # of attributes: said rightly, said wrongly
+
+# -------------------------------------------------------------------------------------------- poses
+
+
+def pose_sheet(examples, skeleton, names, path):
+    """People cut out with their poses: annotated beside predicted, or predicted alone.
+
+    examples: (images, boxes, truth, found, labels), each with an entry per person: N whole
+    pictures; boxes (N, 4) x y w h px; truth (N, K, 3) px + visibility, or None where nothing is
+    annotated; found (N, K, 3) px + score, of which every joint is drawn; N texts, of which one line
+    stands under each person. skeleton: pairs of joint ids; names: K joint names.
+    """
+    images, boxes, truth, found, labels = examples
+    height, cells = 208, []
+    for n, image in enumerate(images):
+        image = as_picture(image)
+        poses = [(found[n], -math.inf)]  # a pose, and the score from which its joints are drawn
+        if truth is not None:
+            poses.insert(0, (truth[n], SCORE_FLOOR))
+        low, high = _surroundings(boxes[n], [pose for pose, _ in poses], image.size)
+        crop, scale = image.crop((*low, *high)), height / (high[1] - low[1])
+        panels = []
+        for pose, floor in poses:
+            moved = np.concatenate([pose[:, :2] - low, pose[:, 2:]], 1)
+            panels.append(overlay(crop, moved, skeleton, names, scale, floor=floor))
+        inner = len(panels) * (panels[0].width + 4) - 4
+        cell = Image.new("RGB", (max(inner, 200), height + 20), PAPER)  # 200: room for the label
+        for i, panel in enumerate(panels):
+            cell.paste(panel, ((cell.width - inner) // 2 + i * (panel.width + 4), 0))
+        line = wrapped(labels[n], font(12), cell.width, 1)
+        middle = cell.width / 2, height + 18
+        ImageDraw.Draw(cell).text(middle, "".join(line), INK, font(12), anchor="md")
+        cells.append(cell)
+    title, per_row = "Annotated (left), predicted (right); worst, then best OKS", 3
+    if truth is None:
+        title, per_row = "Predicted", 6
+    width = min(max((cell.width for cell in cells), default=48), 420)
+    rows = [cells[k : k + per_row] for k in range(0, len(cells), per_row)]
+    sheet(rows, path, title=title, cell=(width, height + 20))
+
+
+def _surroundings(box, poses, size):
+    """→ corners (x0, y0), (x1, y1) in whole px: the box with its seen joints and a tenth around.
+
+    They lie in the picture of `size` (w, h).
+    """
+    points = [np.array([[box[0], box[1]], [box[0] + box[2], box[1] + box[3]]])]
+    points += [pose[pose[:, 2] > SCORE_FLOOR, :2] for pose in poses]
+    points = np.concatenate(points)
+    low, high = points.min(0), points.max(0)
+    edge = 0.1 * (high - low).max() + 1
+    low = np.clip(np.floor(low - edge), 0, np.array(size) - 2).astype(int)
+    return low, np.maximum(np.clip(np.ceil(high + edge), 0, size).astype(int), low + 2)
+
+
+def pck_chart(per_joint, path, title):
+    """A bar per joint: the share of people whose joint was found.
+
+    per_joint: joint name → fraction, or None where nobody's joint is labelled: it has no bar.
+    """
+    rows = [(name, value) for name, value in per_joint.items() if value is not None]
+    canvas = Image.new("RGB", (560, 64 + 22 * len(rows)), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((16, 16), title, INK, font(16, True))
+    left, right = 150, 500
+    colours = {"left": OVERLAY_LEFT, "right": OVERLAY_RIGHT, "middle": FAINT}
+    for r, (name, value) in enumerate(rows):
+        y = 50 + 22 * r
+        draw.text((left - 8, y + 8), name.replace("_", " "), INK, font(12), anchor="rm")
+        draw.rectangle([left, y, right, y + 16], GROUND)
+        if value > 0:
+            draw.rectangle([left, y, left + value * (right - left), y + 16], colours[side_of(name)])
+        draw.text((right + 8, y + 8), f"{value:.2f}", INK, font(12), anchor="lm")
+    grids.save_png(canvas, path)
+
+
+# --------------------------------------------------------------------------------------- attributes
+
+
+def attribute_chart(names, train_ratio, test_ratio, scores, path):
+    """A row per attribute, best first: its mA, and how often it is true in train and in test.
+
+    names: A texts; train_ratio, test_ratio, scores (A,) fractions. A bar begins at 50 %, which is
+    chance, and goes to the left, in orange, where the score is below.
+    """
+    text, left, bar, step = font(12), 170, 420, 20
+    canvas = Image.new("RGB", (left + bar + 190, 64 + step * len(names)), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((16, 12), "mA of each attribute (%)", INK, font(16, True))
+    draw.text((left + bar + 24, 40), "true in train   in test", FAINT, text)
+    for tick in range(0, 101, 25):
+        x = left + bar * tick / 100
+        draw.text((x, 40), str(tick), FAINT, text, anchor="ma")
+        draw.line([x, 58, x, canvas.height - 8], INK if tick == 50 else GROUND)
+    for row, a in enumerate(np.argsort(-np.asarray(scores), kind="stable")):
+        y, end = 62 + step * row, left + bar * float(scores[a])
+        draw.text((left - 10, y), wrapped(names[a], text, left - 26, 1)[0], INK, text, anchor="ra")
+        chance, figure = left + bar / 2, f"{100 * scores[a]:.1f}"
+        if scores[a] >= 0.5:
+            draw.rectangle([chance, y + 2, end, y + 13], OVERLAY_RIGHT)
+            draw.text((end + 5, y), figure, INK, text, anchor="la")
+        else:
+            draw.rectangle([end, y + 2, chance, y + 13], OVERLAY_LEFT)
+            draw.text((end - 5, y), figure, INK, text, anchor="ra")
+        for ratio, x in ((train_ratio[a], 100), (test_ratio[a], 160)):
+            draw.text((left + bar + x, y), f"{100 * ratio:.1f}", FAINT, text, anchor="ra")
+    grids.save_png(canvas, path)
+
+
+def attribute_sheet(images, names, probabilities, labels, path, per_list=5):
+    """A card per picture: its surest right and wrong attributes, or its surest guesses.
+
+    images: P pictures; probabilities (P, A); labels (P, A) 0/1, or None where they are not known.
+    The percentage is the confidence in what is said, not in the attribute: "no hat 98 %". Of the
+    right ones those said to be there come first: a list of rare things that are rightly missing
+    would say little.
+    """
+    cards = []
+    for i, image in enumerate(images):
+        p = np.asarray(probabilities[i], np.float64)
+        sure = np.argsort(-np.abs(p - 0.5), kind="stable")
+        if labels is None:
+            parts = [("guessed", [a for a in sure if p[a] > 0.5], BLUE)]
+            parts.append(("least sure", sure[::-1], ORANGE))
+        else:
+            right = [a for a in sure if (p[a] > 0.5) == (labels[i][a] == 1)]
+            wrong = [a for a in sure if a not in right]
+            right = [a for a in right if p[a] > 0.5] + [a for a in right if p[a] <= 0.5]
+            parts = [(f"right ({len(right)})", right, BLUE)]
+            parts.append((f"wrong ({len(wrong)})", wrong, ORANGE))
+        cards.append(_card(as_picture(image), names, p, parts, per_list))
+    rows = [cards[i : i + 4] for i in range(0, len(cards), 4)]
+    title = "Most confident attributes, right and wrong"
+    if labels is None:
+        title = "Guessed attributes: the surest and the least sure"
+    sheet(rows, path, title=title)
+
+
+def _card(image, names, p, parts, per_list):
+    """One picture beside its lists. parts: (heading, attribute ids, colour); p (A,)."""
+    card = Image.new("RGB", (100 + 180, 2 * (per_list + 1) * 16 + 22), PAPER)
+    draw = ImageDraw.Draw(card)
+    zoom = min(96 / image.width, (card.height - 4) / image.height)
+    image = image.resize((max(1, round(image.width * zoom)), max(1, round(image.height * zoom))))
+    card.paste(image, (2, (card.height - image.height) // 2))
+    y = 2
+    for head, chosen, colour in parts:
+        draw.text((106, y), head, FAINT, font(12, True))
+        for a in chosen[:per_list]:
+            y += 16
+            said = wrapped(("" if p[a] > 0.5 else "no ") + names[a], font(12), 130, 1)[0]
+            draw.text((106, y), said, colour, font(12))
+            draw.text((276, y), f"{100 * max(p[a], 1 - p[a]):.0f} %", colour, font(12), anchor="ra")
+        y += 24
+    return card
+
+
+# ------------------------------------------------------------------------------------- ranked lists
+
+RIGHT_ANSWER, WRONG_ANSWER = (0, 145, 80), (215, 40, 40)
+
+
+def ranked_lists(rows, path, row_labels=None, title=None, cell=(64, 128)):
+    """Queries and what was found for each, best first.
+
+    rows: list of (query picture, [(picture, right)]); right: see `judged`.
+    """
+    drawn = []
+    for query, answers in rows:
+        drawn.append([_fitted(query, cell), *(judged(_fitted(p, cell), r) for p, r in answers)])
+    columns = max((len(answers) for _, answers in rows), default=0)
+    heads = ["query"] + [str(i + 1) for i in range(columns)]
+    sheet(drawn, path, row_labels, heads, title, cell)
+
+
+def _fitted(image, size):
+    return as_picture(image).resize(size, Image.Resampling.BICUBIC)
+
+
+def judged(image, right):
+    """A picture with a frame: right True is green, False is red, None (not known) has no frame.
+
+    Red has a cross in the corner, for people who see no difference between the two.
+    """
+    if right is None:
+        return image
+    image = grids.framed(image, RIGHT_ANSWER if right else WRONG_ANSWER)
+    if not right:
+        draw, x, y = ImageDraw.Draw(image), image.width - 13, 4
+        draw.rectangle([x, y, x + 9, y + 9], WRONG_ANSWER)
+        draw.line([(x + 2, y + 2), (x + 7, y + 7)], (255, 255, 255), 2)
+        draw.line([(x + 7, y + 2), (x + 2, y + 7)], (255, 255, 255), 2)
+    return image
+
+
+def caption_sheet(rows, captions, path, title=None, cell=(64, 128)):
+    """Sentences and the pictures found for each, best first.
+
+    rows: list of (the sentence's own picture or None, [(picture, right)]); right: see `judged`.
+    captions: the sentences.
+    """
+    drawn = []
+    for own, answers in rows:
+        found = [judged(_fitted(picture, cell), right) for picture, right in answers]
+        if own is not None:
+            found = [_fitted(own, cell), None, *found]  # None: an empty cell between them
+        drawn.append(found)
+    columns = max((len(answers) for _, answers in rows), default=0)
+    heads = [str(i + 1) for i in range(columns)]
+    if any(own is not None for own, _ in rows):
+        heads = ["its picture", "", *heads]
+    sheet(drawn, path, captions, heads, title, (*cell, 260))

@@ -1,0 +1,175 @@
+"""Picture files: their names, the check at the start of a run, one picture as RGB."""
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from PIL import Image
+
+from plumbing.errors import UserError, in_a_line, reading
+from plumbing.files import regular, write_json
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+warnings.filterwarnings(
+    "ignore", module="PIL"
+)  # palettes, large pictures: what matters is an error
+
+
+def picture_names(folder, below=False):
+    """Sorted names of the picture files in a folder (below: and its folders); UserError where there
+    are none."""
+    if not Path(folder).is_dir():
+        raise UserError(f"no folder {folder}; check the keys that name folders")
+    paths = Path(folder).rglob("*") if below else Path(folder).iterdir()
+    names = sorted(
+        str(path.relative_to(folder)) for path in paths if path.suffix.lower() in SUFFIXES
+    )
+    if not names:
+        raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+    return names
+
+
+def pictures_at(path):
+    """A folder of pictures, or one picture → (folder, sorted names of the pictures below it)."""
+    if Path(path).is_file() and Path(path).suffix.lower() in SUFFIXES:
+        return str(Path(path).parent), [Path(path).name]
+    return str(path), picture_names(path, below=True)
+
+
+def as_bytes(folder, names):
+    """File names below `folder` → (N,) bytes; UserError for one that is no UTF-8: no list could
+    hold it."""
+    try:
+        return np.array([name.encode() for name in names], dtype=np.bytes_)
+    except UnicodeEncodeError as error:
+        name = os.path.join(folder, error.object)
+        raise UserError(f"{name!r}: this name is not UTF-8; rename the file") from None
+
+
+def load_picture(folder, name, size=None):
+    """RGB PIL picture; UserError names a file that is missing, damaged or of another size than its
+    annotation says."""
+    path = os.path.join(folder, name.decode() if isinstance(name, bytes) else name)
+    with reading(path, "a picture"):
+        picture = Image.open(regular(path))
+        if picture.mode.startswith(
+            "I"
+        ):  # 16 bits of grey: Pillow's own conversion makes all of them white
+            picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+        picture = picture if picture.mode == "RGB" else picture.convert("RGB")
+        picture.load()
+    if size is not None and picture.size != tuple(size):
+        raise UserError(
+            f"{path} is {picture.size} but its annotation says {tuple(int(s) for s in size)}"
+        )
+    return picture
+
+
+# ------------------------------------------------------------------ the check at the start of a run
+
+
+def refuse_bad_pictures(folder, files, source=None):
+    """UserError names the first missing or damaged picture. See find_bad_pictures."""
+    bad = find_bad_pictures(folder, files, source=source)
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(
+            f"{os.path.join(folder, bad[0][0])} is {bad[0][1]}{more}; mend or remove it"
+        )
+
+
+def find_bad_pictures(folder, files, sizes=None, source=None):
+    """[(name, reason)] of missing, empty or truncated pictures; with sizes (N, 2) also of those of
+    another w, h.
+
+    files: (N,) bytes, paths below `folder`; each is looked at once. All ranks call this: they share
+    the work (machines hold the same pictures), and each gets the whole list.
+    source: the file that names the pictures. Where its folder can be written, `.NAME.checked.json`
+    there keeps what was found: until `source` has another size or time, a start looks again only at
+    pictures that were bad. One that goes bad later is named when it is loaded.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    first_row = {}
+    for row, name in enumerate(files.tolist()):
+        first_row.setdefault(name, row)
+    memory = read_memory(source) if source else {"checked": {}}
+    about = os.path.realpath(folder).encode() + files.tobytes()
+    about += b"" if sizes is None else sizes.tobytes()
+    key = hashlib.sha256(about).hexdigest()
+    # Rank 0's memory counts, so that all share out the same pictures.
+    known = on_all_ranks([memory["checked"].get(key)])[0]
+    names = [name for name in first_row if known is None or name.decode() in known]
+
+    def look(names):
+        faults = []
+        for name in names:
+            size = None if sizes is None else tuple(sizes[first_row[name]].tolist())
+            faults.append((name.decode(), picture_fault(os.path.join(folder, name.decode()), size)))
+        return [(name, reason) for name, reason in faults if reason]
+
+    own = [names[i] for i in np.array_split(np.arange(len(names)), world)[rank]]
+    with ThreadPoolExecutor(16) as pool:  # pictures not in the cache wait for the disk together
+        parts = list(pool.map(look, (own[i : i + 256] for i in range(0, len(own), 256))))
+    bad = on_all_ranks([fault for part in parts for fault in part])
+    if source and rank == 0 and known is None:
+        memory["checked"][key] = [name for name, _ in bad]
+        # Where it cannot be written, the next start looks at all of them again.
+        with contextlib.suppress(OSError, UserError):
+            write_json(memory_path(source), memory)
+    return bad
+
+
+def on_all_ranks(rows):
+    """The lists of all ranks, one behind the other."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def memory_path(source):
+    return Path(source).with_name(f".{Path(source).name}.checked.json")
+
+
+def read_memory(source):
+    """What earlier starts found in the pictures of `source`; nothing if the file has changed.
+
+    → {"bytes", "time_ns": of source, "checked": {key of pictures and folder: names of bad ones}}.
+    """
+    about = os.stat(source)
+    fresh = {"bytes": about.st_size, "time_ns": about.st_mtime_ns, "checked": {}}
+    try:
+        old = json.loads(memory_path(source).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return fresh
+    return old if isinstance(old, dict) and fresh == old | {"checked": {}} else fresh
+
+
+def picture_fault(path, size=None):
+    """What is wrong with a picture file, or None. size: (w, h) it must have.
+
+    Only its header and its last bytes are looked at; a file without its end is decoded.
+    """
+    try:
+        with open(regular(path), "rb") as file:
+            picture = Image.open(file)
+            file.seek(-min(12, file.seek(0, 2)), 2)
+            tail = file.read()
+            if not (tail.endswith(b"\xff\xd9") or b"IEND" in tail):  # the end of a JPEG or a PNG
+                picture.load()
+    except Exception as error:  # Pillow and its plug-ins raise many kinds
+        if not os.path.exists(path):
+            return "missing"
+        return (
+            "empty" if os.path.getsize(path) == 0 else f"damaged or truncated ({in_a_line(error)})"
+        )
+    return (
+        None if size in (None, picture.size) else f"{picture.size} but its annotation says {size}"
+    )

@@ -1,0 +1,14 @@
+"""Imported first by every script: Ctrl-C while the libraries load (seconds) ends without a
+traceback.
+
+run_stage gives Ctrl-C its usual meaning back. Text that a terminal cannot show becomes "?".
+"""
+
+import os
+import signal
+import sys
+
+signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")
