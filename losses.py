@@ -46,6 +46,7 @@ class GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.contiguous().clone()  # autograd may still own the original
+        # A column was a negative, or a positive, for the anchors of every rank: all of them pull.
         dist.all_reduce(gradient)
         first = dist.get_rank() * ctx.rows
         return gradient[first : first + ctx.rows]
@@ -139,6 +140,7 @@ class GlobalBatchNorm(nn.Module):
 def patchify(images, patch_size):
     """(B, 3, H, W) → (B, N, p·p·3): patches row by row; inside a patch pixels row by row, channel
     last [MAE]."""
+    # Split each side into patches and pixels of a patch, then bring the pixels of a patch together.
     (B, C, H, W), p = images.shape, patch_size
     x = images.view(B, C, H // p, p, W // p, p)  # (B, 3, h, p, w, p)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, H // p * (W // p), p * p * C)
@@ -180,7 +182,7 @@ def reconstruction_loss(pred, images, mask, patch_size):
     """
     with no_autocast(pred):
         pred, images = full_precision(pred, images)
-        error = patch_error(pred, patchify(images, patch_size))
+        error = patch_error(pred, patchify(images, patch_size))  # (B, N), also of visible patches
         # L_rec = 1/|masked| Σ_masked ‖pred − target‖² / (3p²)
         count = sum_over_ranks(mask.sum().to(error.dtype)).clamp(min=1)
         return world_size() * error.masked_fill(~mask, 0.0).sum() / count
@@ -201,11 +203,13 @@ def alignment_loss(a, b, tau=0.2, gather_gradient=True):
     that of no loss.
     """
     with no_autocast(a):
+        # Of length 1, so that a product is a cosine and cannot grow without end.
         a, b = (F.normalize(x, dim=-1) for x in full_precision(a, b))
         gather = gather_with_gradient if gather_gradient else gather_rows_of
         first = dist.get_rank() * len(a) if world_size() > 1 else 0
         own = torch.arange(first, first + len(a), device=a.device)  # column of the own picture
         # L_align = 2τ · [ CE(a_i·b_j / τ, i) + CE(b_i·a_j / τ, i) ],  j over all ranks
+        # Both ways: each view once asks and once answers. 2τ keeps the gradient's size for any τ.
         logits_ab = a @ gather(b).T / tau  # (B, M)
         logits_ba = b @ gather(a).T / tau
         return 2 * tau * (F.cross_entropy(logits_ab, own) + F.cross_entropy(logits_ba, own))
@@ -225,6 +229,7 @@ def pair_masks(pose_id):
     first = dist.get_rank() * len(pose_id) if world_size() > 1 else 0
     own = torch.arange(first, first + len(pose_id), device=pose_id.device)
     other = own[:, None] != torch.arange(len(id_all), device=pose_id.device)  # j ≠ i
+    # Pictures without a pose group may show any pose: they are no sure negatives either.
     column = other & (id_all >= 0) & (pose_id >= 0)[:, None]
     return column & (pose_id[:, None] == id_all), column
 
@@ -253,6 +258,7 @@ def multi_positive_loss(z, pose_id, tau=0.1):
         # z_i·z_j/τ − log Σ
         n_positive = positive.sum(1)
         pulled = (logits * positive).sum(1) / n_positive.clamp(min=1)
+        # An embedding that has no partner in the batch can pull nobody.
         anchor = n_positive > 0
         count = sum_over_ranks(anchor.sum().to(logits.dtype)).clamp(min=1)
         # L_mp = −1/|A| Σ_{i∈A} Σ_j p_ij log q_ij,  A = anchors of all ranks

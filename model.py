@@ -68,7 +68,7 @@ class Attention(nn.Module):
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width)  # queries, keys and values in one product
         self.proj = nn.Linear(width, width)
 
     def queries_keys_values(self, x):
@@ -77,7 +77,7 @@ class Attention(nn.Module):
 
     def forward(self, x):
         q, k, v = self.queries_keys_values(x)
-        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(attention(q, k, v).transpose(1, 2).flatten(2))  # heads side by side
 
 
 class Mlp(nn.Module):
@@ -188,7 +188,7 @@ class ViT(nn.Module):
     def embed(self, images, visible=None):
         """Tokens before the first block: images (B, 3, H, W), visible (v·B, V) → (v·B, T, D)."""
         patches, position = patchify(images, self.patch_size), self.pos_embed  # (B, N, p·p·3)
-        if visible is not None:
+        if visible is not None:  # masked patches are never seen: that is what makes it fast [MAE]
             patches, position = take_patches(patches, visible), position[0][visible]
         # A convolution of stride p is a matrix product over the pixels of a patch.
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
@@ -210,7 +210,7 @@ class ViT(nn.Module):
             given = tuple(images.shape[-2:])
             raise ValueError(f"{given} px given to a model of {self.image_size} px")
         x = self.embed(images, visible)
-        keep = [None] * self.depth
+        keep = [None] * self.depth  # evaluation and pre-training drop nothing
         if drop_noise is not None:  # a branch is dropped with its rate, kept ones are scaled up
             kept = (drop_noise >= self.drop_rates) / (1 - self.drop_rates)
             keep = kept.view(self.depth, 2, -1, 1, 1).unbind(0)
@@ -247,7 +247,7 @@ class Decoder(nn.Module):
     def __init__(self, encoder, width, depth, heads, pose_in_decoder=True):
         super().__init__()
         self.n_special = encoder.n_special if pose_in_decoder else 1
-        self.drop_pose = encoder.n_special == 2 and not pose_in_decoder
+        self.drop_pose = encoder.n_special == 2 and not pose_in_decoder  # L_rec cannot teach it
         self.checkpoint_activations = encoder.checkpoint_activations
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)  # N(0, .02) [MAE]
@@ -283,7 +283,7 @@ class Decoder(nn.Module):
 
 def split_mask(mask, n_visible):
     """mask (B, N), True = masked → ids of visible (B, V) and masked (B, N − V), in grid order."""
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # 0, visible, comes first
     return order[:, :n_visible], order[:, n_visible:]
 
 
@@ -383,7 +383,7 @@ class GenPoCCL(nn.Module):
 
         # Eq.  L_align = 2τ [CE(cls of view 1 → view 2) + CE(view 2 → view 1)]
         if self.gamma_align > 0:
-            one, two = out["cls"]
+            one, two = out["cls"]  # the same pictures under two maskings
             out["align"] = losses.alignment_loss(one, two, self.tau_align, self.gather_gradient)
 
         # Eq.  L_mp = −1/|A| Σ_i Σ_j p_ij log q_ij  on [POSE]

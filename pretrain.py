@@ -109,6 +109,7 @@ def main():
     cfg = read_config(KEYS, __doc__)
     ranks = common.start_ranks(cfg.device, cfg.precision)
     check(cfg)
+    # Everything that can be wrong with the input is found before the run folder is made.
     dataset, batches, about = build_data(cfg, ranks)
     with torch.device("meta"):  # counted before it is claimed
         common.check_memory(build_model(cfg), cfg.batch // ranks.world, ranks.device)
@@ -134,15 +135,19 @@ def main():
 
     # Nothing in a step waits for the device: its figures are read while the next step runs.
     for step, sample in enumerate(loader, first):
+        # A step is a function of (seed, step): a resumed run draws what the killed one would have.
         common.seed_all(common.STEP, cfg.seed, step)
         lr = common.learning_rate(step, total, warmup, peak=cfg.blr * cfg.batch / 256)
         common.set_learning_rate(optimizer, lr)
         images = normalize(sample["image"].to(ranks.device, non_blocking=True))
         keypoints = sample["keypoints"].to(ranks.device, non_blocking=True)
         pose_id = sample["pose_id"].to(ranks.device, non_blocking=True)
+        # Masks are drawn here, not in the loader: they are those of the whole global batch.
         masks = draw_masks(cfg, keypoints, model.encoder.grid, step, ranks)
         with common.autocast(ranks.device, cfg.precision):
             result = runner(images, masks, pose_id)  # the method: GenPoCCL.forward
+        # Outside autocast, and on shares of the loss whose mean over ranks is the loss: the mean
+        # of the ranks' gradients is then that of one process (losses.py).
         result["total"].backward()
         largest = cfg.clip_grad or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
@@ -201,7 +206,8 @@ def build_data(cfg, ranks):
             "a batch cannot hold one positive pair: no annotation of "
             f"{', '.join(cfg.annotations)} has a pose_id; add a generated set or set gamma_mp=0"
         )
-    P = cfg.pictures_per_pose if cfg.gamma_mp else 1  # without L_mp nothing asks for whole poses
+    # L_mp needs several pictures of a pose in a batch; without it nothing asks for whole poses.
+    P = cfg.pictures_per_pose if cfg.gamma_mp else 1
     batches = PoseBatches(dataset, cfg.batch, P, cfg.shares, cfg.seed, ranks)
     if cfg.gamma_mp and not batches.posed:
         raise UserError(
@@ -239,12 +245,14 @@ def draw_masks(cfg, keypoints, grid, step, ranks):
     if cfg.mask == "none":
         return [None] * cfg.views
     n = noise_size(grid) if cfg.mask == "part" else grid[0] * grid[1]
+    # Drawn for the global batch, then cut to this rank's rows: ranks change no mask.
     batch, noise = len(keypoints) * ranks.world, []
     for view in range(cfg.views):
         key = common.MASK, cfg.seed, step, view
         noise.append(common.rank_noise(key, batch, n, ranks))
     noise = torch.cat(noise)  # all views in one call: in small batches calls cost more than work
     if cfg.mask == "part":
+        # Each view has its own noise: two different holes in the same picture.
         keypoints = keypoints.repeat(cfg.views, 1, 1)
         masks = part_guided_mask(keypoints, grid, cfg.mask_ratio, cfg.patch, noise=noise)
     else:
