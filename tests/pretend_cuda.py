@@ -54,6 +54,7 @@ class PretendCuda(TorchDispatchMode):
         change(torch.backends.cudnn, "enabled", False)  # cuDNN's LSTM asks a driver
         # Only a driver makes a CUDA generator, and without content no number is drawn.
         change("plumbing.seeds.generator_of", lambda key, device: torch.Generator())
+        change("plumbing.process.memory_of", lambda device: 80e9)
         # Tensors loaded from a file have no values either.
         change("plumbing.files.is_finite", lambda tensor: True)
         change("formats.weights.is_finite", lambda tensor: True)
