@@ -110,7 +110,7 @@ def test_several_runs_lie_over_each_other(tmp_path):
     """Of different stages too: a panel holds the runs that have its key."""
     first = write(tmp_path / "a", [line(1), line(2)])
     row = dict(lr=0.1, loss=3.0, grad_norm=2.0, pictures_per_s=5.0)
-    second = write(tmp_path / "b $x$", [json.dumps(dict(step=n, **row)) for n in (1, 2)], None)
+    second = write(tmp_path / "b $x_$", [json.dumps(dict(step=n, **row)) for n in (1, 2)], None)
     figure = curves_figure([first, second])
     panels = drawn(figure)
     assert [values for _, _, values in panels["loss"]] == [[2, 1], [3, 3]]
@@ -118,7 +118,7 @@ def test_several_runs_lie_over_each_other(tmp_path):
     colours = [x.get_color() for x in figure.legends[0].get_lines()]
     assert [x.get_color() for x in figure.axes[0].lines] == colours and len(set(colours)) == 2
     assert len(figure.axes[3].texts) == 2  # the levels of one run
-    draw_curves([first, second], tmp_path / "curves.png")  # $…$ in a name is no formula
+    draw_curves([first, second], tmp_path / "curves.png")  # $x_$ is no formula
     assert Image.open(tmp_path / "curves.png").width > 1000
 
 
