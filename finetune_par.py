@@ -5,7 +5,7 @@ Inputs   PA-100K, PETA, RAP v1 or v2 as downloaded (.mat), or CSV files `image,a
          1; an encoder of pretrain.py, published ViT weights, or none.
 Outputs  in `out`: metrics.json (mA, accuracy, precision, recall, F1), attributes.csv (one row per
          attribute), attributes.png (chart), examples.png, model.safetensors (averaged weights),
-         encoder.safetensors, last.pt (everything to resume), log.jsonl, config.yaml.
+         encoder.safetensors, last.pt (everything to resume), log.jsonl, curves.png, config.yaml.
          predict: predictions.csv (probability of each attribute), predictions.png.
 
   python finetune_par.py --cfg configs/finetune_par_demo.yaml                             # laptop
@@ -152,6 +152,7 @@ def main():
     log.say(f"reported epoch: {epoch} of {cfg.epochs} ({why})")
     if ranks.rank == 0:
         save(cfg, model)
+        sheets.draw_curves([cfg.out], Path(cfg.out) / "curves.png")
     report(cfg, model, splits["test"], ranks)
 
 

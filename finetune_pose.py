@@ -3,8 +3,8 @@
 Inputs   people with joints (COCO keypoint JSON of any joint set, or MPII's list) and an encoder:
          ours, MAE's, HAP's, timm's or torchvision's ViT, or none (from scratch).
 Outputs  in `out`: model.safetensors (encoder + head), encoder.safetensors, metrics.json (OKS-AP/AR,
-         PCK, PCKh), results.json (COCO keypoint results), overlays.png (truth beside prediction),
-         pck.png, last.pt, log.jsonl, config.yaml; with predict=: predictions.json, overlays.png.
+         PCK, PCKh), results.json (COCO's format), overlays.png (truth beside prediction), pck.png,
+         curves.png, last.pt, log.jsonl, config.yaml; with predict=: predictions.json, overlays.png.
 
   python finetune_pose.py --cfg configs/finetune_pose_demo.yaml \\
          encoder=runs/demo/pretrain/encoder.safetensors        # laptop, minutes: AP .277, PCK .516
@@ -173,6 +173,7 @@ def main():
     log.close()
     if ranks.rank == 0:
         save_model(cfg, model, joints, skeleton)
+        sheets.draw_curves([cfg.out], Path(cfg.out) / "curves.png")
     report(cfg, model, val, ranks)
 
 

@@ -6,7 +6,7 @@ Inputs   Market-1501 or MSMT17 V1 as downloaded, or folders in Market naming
          encoder of pretrain.py, published ViT weights, or none.
 Outputs  in `out`: metrics.json (mAP, CMC), ranked_lists.png (best, median, worst queries),
          model.safetensors, encoder.safetensors (fine-tuned), last.pt (everything to resume),
-         log.jsonl, config.yaml. predict: embeddings.npz, nearest.png.
+         log.jsonl, curves.png, config.yaml. predict: embeddings.npz, nearest.png.
 
   python finetune_reid.py --cfg configs/finetune_reid_demo.yaml                           # laptop
   torchrun --nproc_per_node=2 finetune_reid.py --cfg configs/finetune_reid_market.yaml \\
@@ -165,6 +165,8 @@ def main():
     log.close()
     result = evaluate(cfg, model, query, gallery, ranks)
     log.write(step=total, epoch=cfg.epochs, **figures_of(result), final=True)
+    if ranks.rank == 0:
+        sheets.draw_curves([cfg.out], Path(cfg.out) / "curves.png")
     report(cfg, result, query, gallery, ranks)
 
 

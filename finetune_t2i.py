@@ -6,7 +6,7 @@ Inputs   CUHK-PEDES, ICFG-PEDES or RSTPReid JSON with pictures, as downloaded; a
          pretrain.py, published ViT weights, or none.
 Outputs  in `out`: metrics.json (R@1, R@5, R@10, mAP, text → image and image → text), ranking.png
          (captions and their ten best pictures), model.safetensors, encoder.safetensors
-         (fine-tuned), last.pt (everything to resume), log.jsonl, config.yaml.
+         (fine-tuned), last.pt (everything to resume), log.jsonl, curves.png, config.yaml.
 
   python finetune_t2i.py --cfg configs/finetune_t2i_demo.yaml                        # laptop
   torchrun --nproc_per_node=2 finetune_t2i.py --cfg configs/finetune_t2i_cuhk.yaml \\
@@ -163,6 +163,7 @@ def main():
     figures = evaluate(cfg, model, text, test, ranks)
     log.write(step=total, final=True, **figures)
     if ranks.rank == 0:
+        sheets.draw_curves([out], out / "curves.png")
         report(out, figures)
     common.barrier()
 

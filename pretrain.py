@@ -6,7 +6,8 @@ Inputs   COCO keypoint JSON files with pictures, or plain folders: generated set
          pose_id: pictures of one pose are positives) and real ones (no pose_id: they train L_rec
          and L_align and are left out of L_mp).
 Outputs  in `out`: encoder.safetensors, last.pt (everything to resume), log.jsonl, config.yaml, and
-         pictures: reconstructions.png, neighbours.png (nearest by [POSE]), attention.png.
+         pictures: reconstructions.png, neighbours.png (nearest by [POSE]), attention.png,
+         curves.png (of the log).
 
   python pretrain.py --cfg configs/pretrain_demo.yaml                       # laptop
   torchrun --nproc_per_node=8 pretrain.py --cfg configs/pretrain_coco.yaml  # GPUs
@@ -167,8 +168,9 @@ def main():
     log.close()
     drawn = draw(cfg, model, dataset, ranks)
     if ranks.rank == 0:
+        sheets.draw_curves([cfg.out], Path(cfg.out) / "curves.png")
         (Path(cfg.out) / "done").touch()
-    log.say(f"wrote {cfg.out}/encoder.safetensors, {', '.join(drawn)}")
+    log.say(f"wrote {cfg.out}/encoder.safetensors, {', '.join(drawn)}, curves.png")
     common.barrier()
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from drawing import grids
+from drawing.curves import draw_curves  # noqa: F401  a stage finds it beside its other pictures
 from drawing.grids import FAINT, GROUND, INK, PAPER, as_picture, font, sheet, wrapped
 from drawing.skeletons import OVERLAY_LEFT, OVERLAY_RIGHT, SCORE_FLOOR, overlay, side_of
 

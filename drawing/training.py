@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from drawing.curves import draw_curves  # noqa: F401  a stage finds it beside its other pictures
 from drawing.grids import as_picture, framed, sheet
 from losses import normalized, patchify, unpatchify
 from model import IMAGENET_MEAN, IMAGENET_STD

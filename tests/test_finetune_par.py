@@ -381,7 +381,8 @@ def test_training_learns_selects_on_validation_and_predicts(people, tmp_path, mo
     assert len([line for line in lines if "val_mA" in line]) == 6
     best = max(line["val_mA"] for line in lines if "val_mA" in line)
     assert load_checkpoint(tmp_path / "a" / "last.pt")["best"] == pytest.approx(best, rel=1e-5)
-    for name in ("attributes.csv", "attributes.png", "examples.png", "encoder.safetensors", "done"):
+    names = "attributes.csv attributes.png examples.png curves.png encoder.safetensors done"
+    for name in names.split():
         assert (tmp_path / "a" / name).exists(), name
 
     # the written model gives the same figures again, and sentences for a folder

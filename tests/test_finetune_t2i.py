@@ -211,7 +211,7 @@ def test_training_finds_new_people_by_sentence(people, tmp_path, monkeypatch, ca
     got = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert (got["pictures"], got["captions"], got["persons"]) == (9, 18, 5)
     assert got["t2i_mAP"] > 0.7 and got["i2t_mAP"] > 0.7  # by chance about 0.35
-    for name in ("ranking.png", "encoder.safetensors", "done"):
+    for name in ("ranking.png", "curves.png", "encoder.safetensors", "done"):
         assert (tmp_path / "a" / name).exists(), name
     weights = f"weights={tmp_path / 'a' / 'model.safetensors'}"
     captions = f"captions={people / 'data_captions.json'}"

@@ -63,6 +63,7 @@ def test_run_folder_log_and_pictures(plain):
         "encoder.safetensors",
         "reconstructions.png",
         "neighbours.png",
+        "curves.png",
     ):
         assert (plain / name).stat().st_size > 0, name
     log = rows(plain)
