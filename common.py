@@ -86,7 +86,8 @@ def start_ranks(device="auto", precision="auto"):
         # With its device given, NCCL connects the ranks now, not inside the first step.
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=RANKS_WAIT, device_id=own)
-        atexit.register(dist.destroy_process_group)
+        # Whoever opens the group closes it, unless the caller of a stage's main has done so.
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         end_with_parent()
     return Ranks(rank, world, device)
 
