@@ -243,7 +243,7 @@ def look_into(cfg, keys):
         old = read_yaml(out / "config.yaml")
         differs = []
         for name, key in keys.items():
-            if not key.free and old.get(name) != getattr(cfg, name):
+            if not key.may_change and old.get(name) != getattr(cfg, name):
                 differs.append(f"{name} {old.get(name)!r} -> {getattr(cfg, name)!r}")
         if differs:
             what = "; ".join(differs)

@@ -92,7 +92,7 @@ KEYS = dict(
     nms=Key(0.9, "OKS from which a pose of a picture is a duplicate; only with `boxes`", "[HRNet]",
             low=0, high=1),
     eval_every=Key(0, "epochs between evaluations on the way (logged only); 0 = only at the end",
-                   low=0, free=True),
+                   low=0, may_change=True),
 ) | JOB | ENCODER | MACHINE  # fmt: skip
 
 

@@ -87,7 +87,7 @@ KEYS = dict(
     rerank=Key(False, "k-reciprocal re-ranking (reported beside the plain figures)",
                "option, [Zhong 2017]"),
     eval_every=Key(0, "epochs between evaluations; 0 = after the last only, which alone is "
-                   "reported", low=0, free=True),
+                   "reported", low=0, may_change=True),
     eval_batch=Key(128, "pictures at a time on each rank in evaluation", low=1),
 ) | ENCODER | JOB | MACHINE  # fmt: skip
 

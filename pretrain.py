@@ -49,7 +49,7 @@ KEYS = dict(
     images=Key([], "picture folder of each (default: `images` beside a file, or its own folder)"),
     shares=Key([], "share of each in an epoch (default: every picture once)", "[silent]",
                of=float, low=0),
-    check_pictures=Key(True, "look at every picture at the first start", free=True),
+    check_pictures=Key(True, "look at every picture at the first start", may_change=True),
     max_bad=Key(0, "missing, empty or truncated pictures left out at most, counted", low=0),
     max_bad_boxes=Key(0, "boxes without area on their picture left out at most, counted", low=0),
     min_score=Key(MIN_SCORE, "joints visible from this score on, where annotations hold scores",
@@ -81,7 +81,7 @@ KEYS = dict(
     decoder=Key(True, "masked decoder and L_rec", "[HAP]"),
     pose_in_decoder=Key(True, "[POSE] is seen by the decoder", "[silent]"),
     compile=Key(False, "torch.compile the model"),
-    checkpoint_activations=Key(False, "recompute activations: less memory, slower", free=True),
+    checkpoint_activations=Key(False, "recompute activations: less memory", may_change=True),
     # losses
     gamma_align=Key(0.05, "γ1, weight of L_align", "[paper]", low=0),
     gamma_mp=Key(0.05, "γ2, weight of L_mp", "[paper]", low=0),
@@ -102,7 +102,7 @@ KEYS = dict(
                      "[HAP] [MAE]", low=0),
     beta2=Key(0.95, "AdamW β2 (β1 = .9)", "[HAP] [MAE]", low=0, high=0.99999),
     clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[HAP] [MAE]", low=0),
-    picture_every=Key(0, "steps between pictures; 0 = only at the end", low=0, free=True),
+    picture_every=Key(0, "steps between pictures; 0 = only at the end", low=0, may_change=True),
 ) | MACHINE  # fmt: skip
 
 

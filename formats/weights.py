@@ -23,7 +23,7 @@ ENCODER = dict(
     size=Key("base", "encoder size, where encoder= does not say it", "[HAP]", tuple(SIZES)),
     patch=Key(16, "patch side in px, where encoder= does not say it", "[MAE]", low=1),
     pose_token=Key(True, "[POSE] from scratch, and on others' weights if it is read", "[paper]"),
-    checkpoint_activations=Key(False, "recompute activations: less memory, slower", free=True),
+    checkpoint_activations=Key(False, "recompute activations: less memory", may_change=True),
 )
 
 TORCHVISION = [  # torchvision's vit_* names → ours

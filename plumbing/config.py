@@ -29,7 +29,7 @@ class Key(NamedTuple):
     low: float = -math.inf  # inclusive bounds for numbers (and for each number of a list)
     high: float = math.inf
     of: type = str  # element type of a list
-    free: bool = False  # may differ between a run and its resumption (changes no result)
+    may_change: bool = False  # may differ between a run and its resumption (changes no result)
 
 
 # What means the same in every stage; a stage's table ends with these.
@@ -39,10 +39,10 @@ MACHINE = dict(
         "auto", "fp32 (no TF32); bf16: autocast; auto: bf16 where it is in hardware",
         choices=("auto", "fp32", "bf16"),
     ),
-    device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), free=True),
-    workers=Key(2, "loader processes per rank", low=0, free=True),
-    save_every=Key(500, "steps between checkpoints", low=1, free=True),
-    log_every=Key(1, "steps between log lines", low=1, free=True),
+    device=Key("auto", "auto, cpu or cuda", choices=("auto", "cpu", "cuda"), may_change=True),
+    workers=Key(2, "loader processes per rank", low=0, may_change=True),
+    save_every=Key(500, "steps between checkpoints", low=1, may_change=True),
+    log_every=Key(1, "steps between log lines", low=1, may_change=True),
 )  # fmt: skip
 JOB = dict(  # what a fine-tuning stage does instead of training
     eval_only=Key(False, "only evaluate weights= on the data to evaluate on"),

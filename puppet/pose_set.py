@@ -22,7 +22,7 @@ KEYS = dict(
     height=Key(256, "puppet: picture height", "[HAP]", low=16),
     width=Key(128, "puppet: picture width", "[HAP]", low=16),
     parts=Key(False, "puppet: also write body-part maps, parts/*.png"),
-    workers=Key(0, "puppet: drawing processes; 0: this one", low=0, free=True),
+    workers=Key(0, "puppet: drawing processes; 0: this one", low=0, may_change=True),
 )
 
 NOT_OURS = "captions prompt_template prompt_file negative_prompt model adapter condition audit"
