@@ -154,6 +154,8 @@ def test_scores_become_visibilities_on_reading(tmp_path):
         ({"bbox": [-50, -50, 20, 20]}, "outside"),
         ({"bbox": [0, 0, 0, 5]}, "w, h > 0"),
         ({"bbox": [0, 0, 5]}, "x, y, w, h"),
+        ({"bbox": "1155"}, "x, y, w, h"),
+        ({"bbox": ["1", "1", "5", "5"]}, "as COCO people: "),
         ({"keypoints": [1, 2, 2] * 16}, "need 51"),
         ({"keypoints": ["a"] * 51}, "as COCO people: "),
         ({"id": "x"}, "as COCO people: "),

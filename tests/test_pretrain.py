@@ -236,7 +236,12 @@ def test_an_error_is_one_line_with_exit_code_2(sets, tmp_path):
 
 
 def test_yaml_with_a_key_twice_or_without_value(sets, tmp_path):
-    for text, words in (("batch: 12\nbatch: 24\n", 'key "batch" twice'), ("out:\n", "key out")):
+    for text, words in (
+        ("batch: 12\nbatch: 24\n", 'key "batch" twice'),
+        ("out:\n", "key out"),
+        ("out: !!set {a, b}\n", "key out in"),
+        ("out: [a, b]\n", "key out in"),
+    ):
         (tmp_path / "x.yaml").write_text(text)
         done = run_script(
             "pretrain.py", "epochs=1", "--cfg", tmp_path / "x.yaml", f"annotations={sets[0]}"

@@ -1,5 +1,6 @@
 """One folder, one process: locks, signals, orphans, what a power cut leaves. Real processes."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import torch
 from conftest import ROOT, run_script
 from test_data import write_set
 from test_pretrain import arguments, rows, without_speed
+
+import plumbing.process as locks
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -118,6 +121,16 @@ def test_two_starts_at_once_and_kills_leave_a_run_that_goes_on(sets, plain, tmp_
         assert (out / name).read_bytes() == (plain / name).read_bytes(), name
     assert without_speed(out) == without_speed(plain)
     assert not list(out.glob(".*"))
+
+
+def test_a_file_system_without_locks_is_said_and_no_error(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(locks.fcntl, "flock", none)
+    locks.lock(tmp_path)
+    os.close(locks.locked.pop(os.path.realpath(tmp_path)))
+    assert "its file system has no locks; never start two runs in it" in capsys.readouterr().err
 
 
 def test_a_killed_torchrun_takes_its_ranks_along(sets, tmp_path):
