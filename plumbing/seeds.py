@@ -13,6 +13,7 @@ import torch
 # their numbers.
 WEIGHTS, ORDER, SAMPLE, FLIP, CROP, STEP, MASK, DROP_PATH, NEGATIVE = range(1, 10)
 PROMPT, PICTURE, WORDING, BAD_BOX, POSE, PERSON, SCENE, CAMERA = range(11, 19)  # generate.py
+VIEW, CHOICE, PRIOR = range(19, 22)  # baselines: crops, what a step draws, 3-D bodies
 
 
 def seed_of(purpose, *key):

@@ -16,7 +16,7 @@ from formats.weights import meta_of
 from model import SIZES, ViT
 from plumbing.files import save_weights
 
-FOLDERS = ("benchmarks", "drawing", "formats", "plumbing", "puppet", "tasks")
+FOLDERS = ("baselines", "benchmarks", "drawing", "formats", "plumbing", "puppet", "tasks")
 # Lower may not import higher; within a level only downwards in the order of names given here.
 FLOORS = [
     {"plumbing", "losses"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"drawing", "formats"},
     {"data", "tasks", "puppet"},
     {"pretrain", "finetune_pose", "finetune_reid", "finetune_par", "finetune_t2i", "generate"},
-    {"benchmarks"},
+    {"baselines", "benchmarks"},
 ]
 STAGES = sorted(FLOORS[4])
 FILES = sorted(
