@@ -23,7 +23,6 @@ are (W, H), PIL's order · px, pixel centres at whole numbers; third column of k
 import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
 
 # isort: split
-import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,7 @@ import common
 import puppet
 from common import UserError
 from drawing import skeletons
-from formats.coco import MIN_SCORE, Limits, read_image_captions, read_people, write_people
+from formats import coco
 from plumbing import diffusion
 from plumbing.chunks import Chunks, Progress, clean_up, mark_done, person_row, report, same_size
 from plumbing.config import MACHINE, Key, read_config
@@ -68,8 +67,8 @@ KEYS = dict(
     pictures_per_pose=Key(5, "K, pictures of each pose", "[paper, inferred]", low=1),
     poses=Key(0, "take the first so many; 0: all (the sampling puppet needs a number)", low=0),
     first_pose=Key(0, "number of the first sampled pose, or given ones to pass over", low=0),
-    min_score=Key(MIN_SCORE, "joints visible from this score on, where annotations hold scores",
-                  "[HRNet] [ViTPose]", low=0.01, high=1),
+    min_score=Key(coco.MIN_SCORE, "joints visible from this score on, where annotations hold "
+                  "scores", "[HRNet] [ViTPose]", low=0.01, high=1),
     min_joints=Key(1, "leave out people with fewer joints", "[silent]", low=1, high=17),
     min_side=Key(0, "leave out people whose crop has a shorter side, px", "[silent]", low=0),
     max_bad_boxes=Key(0, "boxes without area on their picture left out at most, counted", low=0),
@@ -151,9 +150,9 @@ def main():
 def read_poses(cfg):
     """→ (People with COCO-17 joints, everybody; rows (n,) to make pictures of; Counter of people
     left out and why; a sentence about what was read)."""
-    limits = Limits(min_score=cfg.min_score, max_bad_boxes=cfg.max_bad_boxes)
+    limits = coco.Limits(min_score=cfg.min_score, max_bad_boxes=cfg.max_bad_boxes)
     limits = limits._replace(check_pictures=False)  # nothing is read but their poses
-    given, notes = read_people(cfg.annotations, limits=limits)
+    given, notes = coco.read_people(cfg.annotations, limits=limits)
     people = puppet.coco17(given)
     known = len(set(given.joints) & set(people.joints))
     about = f"{len(people.files)} people, {known} of COCO's 17 joints recognised"
@@ -176,7 +175,7 @@ def read_poses(cfg):
 
 def read_prompts(cfg, image_ids):
     """One prompt per source picture, the same for its K pictures [paper]. → {image id: text}"""
-    captions = read_image_captions(cfg.captions) if cfg.captions else {}
+    captions = coco.read_image_captions(cfg.captions) if cfg.captions else {}
     lines = [cfg.prompt_template] if cfg.prompt_template else []
     if cfg.prompt_file:
         lines = [line.strip() for line in common.read_text(cfg.prompt_file).splitlines()]
@@ -194,9 +193,7 @@ def read_prompts(cfg, image_ids):
             raise UserError(f"{cfg.captions}: {what}; give prompt_template= or prompt_file=")
         prompts[i] = texts[rng.integers(len(texts))]
         if i not in captions:
-            parts = re.split(r"\{([^{}]*)\}", prompts[i])  # every second part stood in braces
-            parts[1::2] = [str(rng.choice(part.split("|"))) for part in parts[1::2]]
-            prompts[i] = "".join(parts)
+            prompts[i] = coco.filled(prompts[i], rng)
     return prompts
 
 
@@ -349,7 +346,7 @@ def write_lists(cfg, work, left_out):
         none = f"no pose of {cfg.annotations} gave {cfg.pictures_per_pose} pictures"
         raise UserError(f"{none}: {', '.join(left_out)}; nothing to write in {cfg.out}")
     info = f"generate.py, {cfg.backend}, seed {cfg.seed}; fields: docs/annotations.md"
-    write_people(Path(cfg.out) / "annotations.json", info, work.pictures)
+    coco.write_people(Path(cfg.out) / "annotations.json", info, work.pictures)
     puppets = cfg.backend == "puppet"
     draw = skeletons.draw_keypose if puppets else CONDITIONS[cfg.backend, cfg.condition][0]
     title = f"{cfg.backend}: every row one pose, every column one seed"

@@ -195,3 +195,18 @@ def overlay(image, keypoints, skeleton, names=(), scale=1, floor=SCORE_FLOOR):
     layer = layer.resize(size, Image.Resampling.BOX)
     image.paste(layer, (0, 0), layer)
     return image
+
+
+def people_sheet(pictures, skeleton, names, path, title):
+    """Pictures, eight in a row, with everybody's pose drawn over them.
+
+    pictures: (PIL picture, list of (K, 3) poses in its px) each; skeleton, names: see overlay.
+    """
+    cells = []
+    for image, poses in pictures:
+        zoom = max(1.0, 256 / max(image.size))  # small crops are enlarged: thin lines
+        image = image.resize([max(1, round(side * zoom)) for side in image.size])
+        for pose in poses:
+            image = overlay(image, np.asarray(pose) * [zoom, zoom, 1], skeleton, names)
+        cells.append(image)
+    sheet([cells[i : i + 8] for i in range(0, len(cells), 8)], path, title=title, cell=(150, 200))

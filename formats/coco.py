@@ -1,56 +1,22 @@
-"""COCO JSON files of people with any joint set, or none, and plain folders, as flat arrays.
+"""COCO JSON files: people with any joint set, or none; captions.
 
 Legend: N people · K joints. Frame: pixel centres at whole numbers; boxes are x, y, w, h in px.
 """
 
 import json
 import os
+import re
 from array import array
+from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from formats.joints import COCO_CATEGORY, flip_ids, joint_name
+from formats.people import MIN_SCORE, Limits, People, leave_out, read_folder  # noqa: F401
 from plumbing.errors import UserError, reading
 from plumbing.files import read_json, regular, write_atomic
-from plumbing.pictures import as_bytes, find_bad_pictures, picture_fault, pictures_at
-
-MIN_SCORE = 0.2  # HRNet and ViTPose count a joint into a pose's score from here [HRNet] [ViTPose]
-
-
-class People(NamedTuple):
-    """N people as flat arrays: 600,000 cost little memory, and forked workers share them."""
-
-    folder: str  # picture folder
-    files: np.ndarray  # (N,) bytes, path below `folder`
-    size: np.ndarray  # (N, 2) int32, width and height of the picture
-    boxes: np.ndarray  # (N, 4) float32, x y w h px, inside the picture
-    keypoints: np.ndarray  # (N, K, 3) float32, x y px and 0 missing / 1 hidden / 2 visible
-    pose_id: np.ndarray  # (N,) int64, pictures of one pose share it; -1 = no pose group
-    annotation_id: np.ndarray  # (N,) int64
-    image_id: np.ndarray  # (N,) int64
-    area: np.ndarray  # (N,) float32 px²
-    joints: list  # K joint names
-    skeleton: list  # 0-based pairs of joints; others (CrowdPose has some) are dropped
-    flip: list  # K joint ids with left and right swapped
-    category: dict  # the category as read
-
-    def take(self, rows):
-        """The same with only these rows (ids or bool mask)."""
-        columns = {k: v[rows] for k, v in self._asdict().items() if isinstance(v, np.ndarray)}
-        return self._replace(**columns)
-
-
-class Limits(NamedTuple):
-    """What is accepted of a file, beyond what is always refused."""
-
-    min_joints: int = 0  # people with fewer visible joints are left out
-    min_score: float = MIN_SCORE  # scores in place of visibilities: a joint is visible from here on
-    max_bad: int = 0  # so many missing or damaged pictures are left out at most
-    max_bad_boxes: int = 0  # so many people are left out for a box without area on their picture
-    check_pictures: bool = True
+from plumbing.pictures import find_bad_pictures, picture_fault
 
 
 def read_people(annotations, folder=None, limits=Limits()):  # noqa: B008  a tuple
@@ -90,55 +56,6 @@ def read_people(annotations, folder=None, limits=Limits()):  # noqa: B008  a tup
         raise UserError(f"{path}: all of its {len(keep)} annotations are {why}; look at the file")
     notes = {"bad": [name for name, _ in bad], "bad_boxes": bad_boxes, "turned": turned}
     return people, notes | {"clipped": clipped, "scores": scores}
-
-
-def read_folder(path, limits):
-    """Every picture below a folder, or one picture: each as a person without joints who fills it.
-
-    → as read_people.
-    """
-    folder, names = pictures_at(path)
-    people = people_at(folder, names, np.zeros((len(names), 4)), [], [])
-    people, notes = measured(people, path, limits)
-    boxes = np.concatenate([np.zeros_like(people.size), people.size], 1).astype(np.float32)
-    return people._replace(boxes=boxes, area=boxes[:, 2] * boxes[:, 3]), notes
-
-
-def people_at(folder, files, boxes, joints, skeleton):
-    """People at boxes (N, 4) px that no COCO file lists: no joint is known, nor a picture's size.
-
-    files: N names below `folder`. Pictures have ids from 1, in the order of their names here.
-    """
-    n, number = len(files), {}
-    for name in files:
-        number.setdefault(name, len(number) + 1)
-    boxes = np.asarray(boxes)
-    return People(
-        folder=str(folder), files=as_bytes(folder, files), size=np.zeros((n, 2), np.int32),
-        boxes=boxes.astype(np.float32), keypoints=np.zeros((n, len(joints), 3), np.float32),
-        pose_id=np.full(n, -1), annotation_id=np.arange(1, n + 1),
-        image_id=np.array([number[name] for name in files], np.int64),
-        area=boxes[:, 2:].prod(1).astype(np.float32), joints=list(joints),
-        skeleton=list(skeleton), flip=flip_ids(joints), category={"id": 1},
-    )  # fmt: skip
-
-
-def measured(people, path, limits):
-    """For a list at `path` without sizes: → (people with those of their pictures, notes).
-
-    Bad pictures are left out. The notes are those of read_people.
-    """
-    bad = find_bad_pictures(people.folder, people.files)
-    people, sizes = leave_out(people, bad, path, limits), {}
-    for name in people.files.tolist():
-        if name not in sizes:  # only its header is read
-            with Image.open(os.path.join(people.folder, name.decode())) as picture:
-                sizes[name] = picture.size
-    if not sizes:
-        raise UserError(f"{path}: none of its pictures can be read; look at the files")
-    size = np.array([sizes[name] for name in people.files.tolist()], np.int32)
-    notes = {"bad": [name for name, _ in bad], "bad_boxes": 0, "turned": 0, "clipped": 0}
-    return people._replace(size=size), notes | {"scores": False}
 
 
 # --------------------------------------------------------------------------------- a file's content
@@ -321,18 +238,6 @@ def check_pictures(people, path):
     return people._replace(size=size), sum(turned.values()), bad
 
 
-def leave_out(people, bad, path, limits):
-    """People without those on bad pictures; UserError where these are more than allowed."""
-    if len(bad) > limits.max_bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        name, reason = bad[0]
-        what = f"{people.folder}/{name} is {reason}{more} (of {path})"
-        raise UserError(f"{what}; mend it or allow max_bad={len(bad)}")
-    if not bad:
-        return people
-    return people.take(~np.isin(people.files, np.array([name.encode() for name, _ in bad])))
-
-
 def clip_boxes(people, path, limits):
     """→ (people with boxes cut to their pictures, how many were cut, how many people left out)."""
     boxes, size = people.boxes, people.size
@@ -374,26 +279,59 @@ def read_image_captions(path):
 
 
 def write_people(path, description, rows):
-    """Write COCO keypoint JSON of COCO's 17 joints, one person per picture, an entry per line.
+    """Write COCO keypoint JSON of COCO's 17 joints, an entry per line.
 
     rows() iterates, once for the pictures and once for the people, over dicts: `file_name`, `size`
-    (w, h) and what the annotation holds beside its ids. Nothing is kept: 600,000 people take no
-    memory.
+    (w, h) and what the annotation holds beside its ids. People of one picture follow one another.
+    Nothing is kept: 600,000 people take no memory.
     """
 
     def write(part):
         with open(part, "w", encoding="utf-8") as file:
             file.write(f'{{"info": {json.dumps({"description": description})},\n')
             file.write(f'"categories": {json.dumps([COCO_CATEGORY])},\n"images": [')
-            for i, row in enumerate(rows(), 1):
-                image = dict(id=i, file_name=row["file_name"])
-                image |= dict(width=row["size"][0], height=row["size"][1])
+            for i, people in enumerate(by_picture(rows()), 1):
+                image = dict(id=i, file_name=people[0]["file_name"])
+                image |= dict(width=people[0]["size"][0], height=people[0]["size"][1])
                 file.write((",\n" if i > 1 else "\n") + json.dumps(image))
             file.write('\n],\n"annotations": [')
-            for i, row in enumerate(rows(), 1):
-                entry = dict(id=i, image_id=i, category_id=COCO_CATEGORY["id"])
-                entry |= {k: v for k, v in row.items() if k not in ("file_name", "size")}
+            number = 0
+            for i, people in enumerate(by_picture(rows()), 1):
+                for row in people:
+                    number += 1
+                    entry = dict(id=number, image_id=i, category_id=COCO_CATEGORY["id"])
+                    entry |= {k: v for k, v in row.items() if k not in ("file_name", "size")}
+                    file.write((",\n" if number > 1 else "\n") + json.dumps(entry))
+            file.write("\n]}\n")
+
+    write_atomic(path, write)
+
+
+def by_picture(rows):
+    """Rows of people → lists of those who follow one another in a picture of the same name."""
+    return (list(people) for _, people in groupby(rows, key=lambda row: row["file_name"]))
+
+
+def write_image_captions(path, rows):
+    """Write COCO captions JSON, a caption per picture, an entry per line.
+
+    rows() iterates over the dicts that write_people takes, with `caption`: the ids of
+    the pictures are the same as there.
+    """
+
+    def write(part):
+        with open(part, "w", encoding="utf-8") as file:
+            file.write('{"annotations": [')
+            for i, people in enumerate(by_picture(rows()), 1):
+                entry = dict(id=i, image_id=i, caption=people[0]["caption"])
                 file.write((",\n" if i > 1 else "\n") + json.dumps(entry))
             file.write("\n]}\n")
 
     write_atomic(path, write)
+
+
+def filled(template, rng):
+    """A template with each {a|b|…} replaced by one of its words, drawn by NumPy's generator."""
+    parts = re.split(r"\{([^{}]*)\}", template)  # every second part stood in braces
+    parts[1::2] = [str(rng.choice(part.split("|"))) for part in parts[1::2]]
+    return "".join(parts)

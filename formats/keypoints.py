@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.coco import MIN_SCORE, Limits, people_at, read_folder, read_people
+from formats.coco import read_people
 from formats.joints import flip_ids
 from formats.mpii import read_mpii, read_mpii_heads
+from formats.people import MIN_SCORE, Limits, people_at, read_folder
 from plumbing.errors import UserError, reading
 from plumbing.files import read_json, regular
 

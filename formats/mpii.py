@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from formats.coco import measured, people_at
+from formats.people import measured, people_at
 from plumbing.errors import UserError, reading
 from plumbing.files import read_json, read_mat
 

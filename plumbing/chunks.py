@@ -1,4 +1,4 @@
-"""Work in chunks that survives a kill: generate.py's pictures and the records of them.
+"""Work in chunks that survives a kill: the pictures of generate.py, the poses of annotate.py.
 
 The units of work (poses, source pictures, people) are made in chunks. A chunk counts once its
 record .parts/N.jsonl is written, after its pictures. So a killed run, started again with any number
@@ -7,7 +7,7 @@ is made again.
 
 Record: a line about the chunk (its units and files, how many rows follow, pictures painted again),
 then a row per picture or skipped pose. A unit's pictures depend on (seed, unit) only. `cfg` is
-generate.py's config.
+the stage's config.
 """
 
 import io
@@ -30,7 +30,7 @@ from plumbing.process import end_with_main
 
 
 class Chunks(Dataset):
-    """Chunk number → made, written and recorded → rows with a picture. Here or in loaders.
+    """Chunk number → made, written and recorded → rows not skipped. Here or in loaders.
 
     units: whole numbers. make(units of a chunk) → ([(files, row)], pictures painted again), where
     `files` are a row's pictures, {path below cfg.out: PIL picture}.
@@ -62,7 +62,7 @@ class Chunks(Dataset):
         about = dict(units=units, files=names, rows=len(rows), again=again)
         lines = [json.dumps(line) + "\n" for line in [about, *(row for _, row in rows)]]
         put(self.path(number), "".join(lines).encode())
-        return sum(len(files) > 0 for files, _ in rows)
+        return sum("skipped" not in row for _, row in rows)
 
     def made(self, numbers, workers):
         """Iterate over the chunks of these numbers, made by so many processes (0: by this one)."""
@@ -149,7 +149,7 @@ class Progress:
         self.start, self.before = time.perf_counter(), work.recorded()
         if log is not None:
             print(f"{about}; {self.before} of {work.count} chunks are there", file=sys.stderr)
-        of = dict(total=work.count, initial=self.before, desc="generate", unit="chunk")
+        of = dict(total=work.count, initial=self.before, desc=Path(sys.argv[0]).stem, unit="chunk")
         self.bar = tqdm(**of, disable=log is None, dynamic_ncols=True, mininterval=1.0)
 
     def add(self, pictures):
@@ -203,7 +203,7 @@ def clean_up(out):
 def report(out):
     """Print what a person wants to know of a finished run."""
     for name, value in read_json(out / "summary.json").items():
-        if name != "poses_skipped":
+        if not isinstance(value, list):  # what was left out, one by one
             print(f"{name.replace('_', ' ')}: {value or 'none'}")
     print(f"look at {out / 'sheet.png'}")
 

@@ -23,7 +23,7 @@ FLOORS = [
     {"common", "model", "lesson"},
     {"drawing", "formats"},
     {"data", "tasks", "puppet"},
-    {"pretrain", "finetune_pose", "finetune_reid", "finetune_par", "finetune_t2i", "generate"},
+    {"annotate", "pretrain", "finetune_pose", "finetune_reid", "finetune_par", "finetune_t2i", "generate"},
     {"baselines", "benchmarks"},
 ]
 STAGES = sorted(FLOORS[4])
