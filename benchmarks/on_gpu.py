@@ -139,7 +139,7 @@ def speed(part):
     base = f"size=base precision=auto batch={128 if large else 32}"
     part.table("step", base)
     part.table("parts", base)
-    part.table("masks", "", needs=["pytest"])
+    part.table("masks", "")
     part.table("memory", f"{base} batches=256")
     part.table("versus", "size=small batch=128", needs=["transformers"])
     compiled = f"{base} precisions=bf16 compile=true"

@@ -249,7 +249,7 @@ def table_versus(cfg, ranks):
 def table_masks(cfg, ranks):
     """Goals: 4,096 part-guided masks in ≤ 200 ms on one CPU core, in ≤ 5 ms on a GPU."""
     sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
-    from test_data import loop_mask, random_people  # the same masks in plain Python
+    from test_masks import loop_mask, random_people  # the same masks in plain Python
 
     torch.set_num_threads(1)
     n, few, grid = 4096, 64, (16, 8)

@@ -73,10 +73,8 @@ def parse(path, limits):
     ids = rows["image_id"].tolist()
     image = np.array([images.get(i, -1) for i in ids])  # its row among the images
     if image.min() < 0:
-        unknown = ids[image.argmin()]
-        raise UserError(
-            f"{path}: an annotation names image id {unknown}, which is not among the images"
-        )
+        names = f"an annotation names image id {ids[image.argmin()]}"
+        raise UserError(f"{path}: {names}, which is not among the images")
     people = People(
         folder="", files=files[image], size=size[image], boxes=rows["bbox"],
         keypoints=rows["keypoints"], pose_id=rows["pose_id"], annotation_id=rows["id"],
@@ -210,9 +208,8 @@ def visibility(values, min_score, ids):
         need = "0, 1, 2, or scores in all of the file"
         if scores:
             need = "0 to 1, for the file holds scores (some values are no whole numbers)"
-        raise ValueError(
-            f"annotation {ids[a]} has v = {values[a, j]:g} at joint {j + 1}; needed: {need}"
-        )
+        what = f"annotation {ids[a]} has v = {values[a, j]:g} at joint {j + 1}"
+        raise ValueError(f"{what}; needed: {need}")
     return np.where(values >= min_score, 2, 0) if scores else values, scores
 
 

@@ -204,9 +204,8 @@ def read_boxes(path, pictures, people, limits):
                 continue
             key = row["file_name"] if "file_name" in row else row["image_id"]
             if key not in pictures:
-                raise UserError(
-                    f"{path}: a box names picture {key!r}, which is not among the pictures"
-                )
+                names = f"a box names picture {key!r}"
+                raise UserError(f"{path}: {names}, which is not among the pictures")
             if pictures[key] is None:
                 on_bad += 1
                 continue

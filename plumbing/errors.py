@@ -17,6 +17,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -46,7 +47,7 @@ def reading(path, kind):
 
     with reading(path, "COCO keypoints") as place: … place.at = "annotation 17" …
     """
-    place = Place()
+    place = SimpleNamespace(at=None)  # a text such as "annotation 17"
     try:
         yield place
     except UserError:
@@ -54,10 +55,6 @@ def reading(path, kind):
     except Exception as error:  # libraries raise whatever they like over a user's file
         where = f" in {place.at}" if place.at else ""
         raise UserError(f"cannot read {path} as {kind}: {in_a_line(error)}{where}") from None
-
-
-class Place:
-    at = None  # a text such as "annotation 17"
 
 
 def in_a_line(error, longest=200):

@@ -16,9 +16,8 @@ from plumbing.errors import UserError, in_a_line, reading
 from plumbing.files import regular, write_json
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-warnings.filterwarnings(
-    "ignore", module="PIL"
-)  # palettes, large pictures: what matters is an error
+# Of palettes, of large pictures: what matters is an error.
+warnings.filterwarnings("ignore", module="PIL")
 
 
 def picture_names(folder, below=False):
@@ -27,9 +26,8 @@ def picture_names(folder, below=False):
     if not Path(folder).is_dir():
         raise UserError(f"no folder {folder}; check the keys that name folders")
     paths = Path(folder).rglob("*") if below else Path(folder).iterdir()
-    names = sorted(
-        str(path.relative_to(folder)) for path in paths if path.suffix.lower() in SUFFIXES
-    )
+    paths = [path for path in paths if path.suffix.lower() in SUFFIXES]
+    names = sorted(str(path.relative_to(folder)) for path in paths)
     if not names:
         raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
     return names
@@ -58,16 +56,13 @@ def load_picture(folder, name, size=None):
     path = os.path.join(folder, name.decode() if isinstance(name, bytes) else name)
     with reading(path, "a picture"):
         picture = Image.open(regular(path))
-        if picture.mode.startswith(
-            "I"
-        ):  # 16 bits of grey: Pillow's own conversion makes all of them white
+        if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would make all white
             picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
         picture.load()
     if size is not None and picture.size != tuple(size):
-        raise UserError(
-            f"{path} is {picture.size} but its annotation says {tuple(int(s) for s in size)}"
-        )
+        said = tuple(map(int, size))
+        raise UserError(f"{path} is {picture.size} but its annotation says {said}")
     return picture
 
 
@@ -78,10 +73,8 @@ def refuse_bad_pictures(folder, files, source=None):
     """UserError names the first missing or damaged picture. See find_bad_pictures."""
     bad = find_bad_pictures(folder, files, source=source)
     if bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(
-            f"{os.path.join(folder, bad[0][0])} is {bad[0][1]}{more}; mend or remove it"
-        )
+        (name, reason), more = bad[0], f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise UserError(f"{os.path.join(folder, name)} is {reason}{more}; mend or remove it")
 
 
 def find_bad_pictures(folder, files, sizes=None, source=None):
@@ -167,9 +160,9 @@ def picture_fault(path, size=None):
     except Exception as error:  # Pillow and its plug-ins raise many kinds
         if not os.path.exists(path):
             return "missing"
-        return (
-            "empty" if os.path.getsize(path) == 0 else f"damaged or truncated ({in_a_line(error)})"
-        )
-    return (
-        None if size in (None, picture.size) else f"{picture.size} but its annotation says {size}"
-    )
+        if os.path.getsize(path) == 0:
+            return "empty"
+        return f"damaged or truncated ({in_a_line(error)})"
+    if size in (None, picture.size):
+        return None
+    return f"{picture.size} but its annotation says {size}"

@@ -30,10 +30,8 @@ def lock(folder):
         except BlockingIOError:
             time.sleep(0.5)
         except OSError:  # some network file systems have no locks
-            print(
-                f"{folder}: its file system has no locks; never start two runs in it",
-                file=sys.stderr,
-            )
+            why = "its file system has no locks; never start two runs in it"
+            print(f"{folder}: {why}", file=sys.stderr)
             return
     os.close(locked.pop(name))
     raise UserError(f"{folder} is in use by another run; wait for its end or choose another out=")
@@ -75,10 +73,9 @@ def check_memory(model, pictures, device):
     need = 4 * weights + pictures * 3 * H * W * 5  # bytes as loaded, and float32
     have = memory_of(device)
     if need > have:
-        what = (
-            f"this needs more than {need / 1e9:.1f} GB, the {device.type} has {have / 1e9:.1f} GB"
-        )
-        raise UserError(f"{what}; lower the batch, the picture's size or the model's")
+        has = f"the {device.type} has {have / 1e9:.1f} GB"
+        lower = "lower the batch, the picture's size or the model's"
+        raise UserError(f"this needs more than {need / 1e9:.1f} GB, {has}; {lower}")
 
 
 def memory_of(device):

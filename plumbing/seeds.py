@@ -21,9 +21,9 @@ def seed_of(purpose, *key):
 
     Equal keys, equal seeds; different keys give unrelated seeds.
     """
-    words = [
-        word for k in (purpose, *map(int, key)) for word in (k & 0xFFFFFFFF, k >> 32 & 0xFFFFFFFF)
-    ]
+    words = []
+    for k in (purpose, *map(int, key)):
+        words += [k & 0xFFFFFFFF, k >> 32 & 0xFFFFFFFF]
     # SeedSequence takes [a] and [a, 0] for the same: the 1 at the end keeps them apart.
     return int(np.random.SeedSequence([*words, 1]).generate_state(1, np.uint64)[0] >> 1)
 

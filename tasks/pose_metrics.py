@@ -171,18 +171,15 @@ def pck(xy, truth, reference, threshold):
 
 def torso_size(truth, joints):
     """(N,) px, left shoulder to right hip [MODEC], else the other diagonal; NaN without both."""
-    size = np.full(len(truth), np.nan)
-    for pair in (("right_shoulder", "left_hip"), ("left_shoulder", "right_hip")):  # the last counts
-        if set(pair) <= set(joints):
-            a, b = (truth[:, joints.index(name)] for name in pair)
-            both = (a[:, 2] > 0) & (b[:, 2] > 0)
-            size[both] = np.linalg.norm(a[both, :2] - b[both, :2], axis=1)
-    return size
+    size = apart(truth, joints, "left_shoulder", "right_hip")
+    return np.where(np.isnan(size), apart(truth, joints, "right_shoulder", "left_hip"), size)
 
 
-def head_size(truth, joints):
-    """(N,) px from head_top to upper_neck, else NaN: stands in for MPII's head box (ours)."""
-    a, b = (truth[:, joints.index(name)] for name in ("head_top", "upper_neck"))
+def apart(truth, joints, one, other):
+    """(N,) px between two joints; NaN where one of them is missing or not of this joint set."""
+    if not {one, other} <= set(joints):
+        return np.full(len(truth), np.nan)
+    a, b = truth[:, joints.index(one)], truth[:, joints.index(other)]
     both = (a[:, 2] > 0) & (b[:, 2] > 0)
     return np.where(both, np.linalg.norm(a[:, :2] - b[:, :2], axis=1), np.nan)
 
@@ -205,7 +202,8 @@ def pck_metrics(xy, truth, joints, heads=None):
         full = {"PCK@.2": share, "torso": "left shoulder to right hip, else the other diagonal"}
         full |= {"people_without_torso": left_out, "PCK@.2_per_joint": per_joint(each)}
     if {"head_top", "upper_neck"} <= set(joints):
-        head = head_size(truth, joints)
+        # Stands in for MPII's head box (ours).
+        head = apart(truth, joints, "head_top", "upper_neck")
         source = "head_top to upper_neck (ours: no official .mat given)"
         if heads:
             head, source = heads[0], "0.6 × diagonal of the official head box"

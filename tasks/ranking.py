@@ -65,10 +65,9 @@ def as_array(values):
     """An array, or a tensor of any device and type, as a NumPy array."""
     if not isinstance(values, torch.Tensor):
         return np.asarray(values)
-    values = values.detach().cpu()
-    return (
-        values.float() if values.dtype == torch.bfloat16 else values
-    ).numpy()  # NumPy has no bf16
+    if values.dtype == torch.bfloat16:  # NumPy has none
+        values = values.float()
+    return values.detach().cpu().numpy()
 
 
 def rank_chunks(chunks, query_ids, query_cams, gallery_ids, gallery_cams):

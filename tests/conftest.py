@@ -1,5 +1,7 @@
-"""Shared by all tests: the repository on the path, one thread, small pictures of people made on the
-spot.
+"""Shared by all tests: the repository on the path, one thread, fixtures of more than one file.
+
+Functions of more than one file: *_runs.py (a stage and its small sets), coco_sets.py, small_*.py,
+mutations.py, pretend_cuda.py.
 """
 
 import os
@@ -91,3 +93,57 @@ def tiny_bert(tmp_path_factory):
     config = BertConfig(vocab_size=len(words.split()), max_position_embeddings=40, **shape)
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sets(tmp_path_factory):
+    """A generated set (8 poses × 3) and a real one (12 pictures without pose group)."""
+    from coco_sets import write_set
+
+    root = tmp_path_factory.mktemp("sets")
+    return [
+        write_set(root / "a", n_poses=8),
+        write_set(root / "b", n_poses=12, per_pose=1, pose_ids=False, seed=1),
+    ]
+
+
+@pytest.fixture(scope="session")
+def dots(tmp_path_factory):
+    """Two sets of people who are dots: 12 to train on, 7 to validate on."""
+    from pose_runs import people_file
+
+    folder = tmp_path_factory.mktemp("dots")
+    return people_file(folder, 12, 0, "train.json"), people_file(folder, 7, 1, "val.json")
+
+
+@pytest.fixture
+def small_pose(monkeypatch):
+    """size=tiny is smaller still, in one thread."""
+    import pose_runs
+
+    import model
+
+    monkeypatch.setitem(model.SIZES, "tiny", pose_runs.SMALL)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """People in Market's layout."""
+    from reid_runs import market
+
+    return market(tmp_path_factory.mktemp("market"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Poses, captions and the models of generate.py, all tiny."""
+    from generate_runs import write_models, write_poses
+
+    root = tmp_path_factory.mktemp("tiny")
+    write_poses(root)
+    write_models(root)
+    return root

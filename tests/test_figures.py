@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, run_script
 from PIL import Image, ImageColor
-from test_data import loop_mask
+from test_masks import loop_mask
 
 from data import block_mask, noise_parts, part_guided_mask
 

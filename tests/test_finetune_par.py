@@ -1,6 +1,5 @@
-"""Attributes: metrics against plain loops and scikit-learn, the loss against a loop, readers of the
-official files, averaged weights, training that learns, ranks, resume after a kill, prediction, and
-errors in one line.
+"""finetune_par.py as a whole: averaged weights, training that learns, ranks, resume after a kill,
+prediction, and errors in one line.
 """
 
 import csv
@@ -15,7 +14,7 @@ import torch
 from conftest import ROOT, kill_after, run_script
 from PIL import Image, ImageDraw
 from scipy.io import savemat
-from sklearn.metrics import balanced_accuracy_score, jaccard_score, precision_score, recall_score
+from test_attribute_formats import cell, config
 
 import finetune_par
 from common import EpochBatches, Ranks, UserError, load_checkpoint
@@ -60,179 +59,6 @@ def run(monkeypatch, arguments):
     finetune_par.main()
 
 
-def slow_metrics(p, y):
-    """The reference definitions as loops in float64."""
-    n, a = p.shape
-    ma, acc, prec, rec = [], [], [], []
-    for j in range(a):
-        tp = sum(p[i, j] > 0.5 and y[i, j] == 1 for i in range(n))
-        tn = sum(p[i, j] <= 0.5 and y[i, j] == 0 for i in range(n))
-        pos, neg = sum(y[i, j] == 1 for i in range(n)), sum(y[i, j] == 0 for i in range(n))
-        ma.append(((tp / pos if pos else 0) + (tn / neg if neg else 0)) / 2)
-    for i in range(n):
-        yes, true = {j for j in range(a) if p[i, j] > 0.5}, {j for j in range(a) if y[i, j] == 1}
-        acc.append(len(yes & true) / len(yes | true) if yes | true else 0)
-        prec.append(len(yes & true) / len(yes) if yes else 0)
-        rec.append(len(yes & true) / len(true) if true else 0)
-    P, R = np.mean(prec), np.mean(rec)
-    f1 = 2 * P * R / (P + R) if P + R else 0
-    return dict(mA=np.mean(ma), accuracy=np.mean(acc), precision=P, recall=R, f1=f1)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_metrics_equal_loops_with_lonely_attributes_and_empty_pictures(seed):
-    rng = np.random.default_rng(seed)
-    p, y = rng.random((23, 6)), (rng.random((23, 6)) < 0.3).astype(int)
-    y[:, 0], y[5], p[5], p[6, 2] = 0, 0, 0.1, 0.5
-    y[:, 1] = 1
-    y[5, 1] = 2  # unknown: picture 5 says nothing and nothing is true of it
-    got = attribute_metrics(p, y)
-    for name, value in slow_metrics(p, y).items():
-        assert got[name] == pytest.approx(value, abs=1e-12), name
-    assert not got["both"][:2].any()
-    assert got["mA_both"] == pytest.approx(got["attribute_mA"][got["both"]].mean())
-    assert all(np.isfinite(v).all() for v in got.values())
-    as_tensors = attribute_metrics(torch.from_numpy(p), torch.from_numpy(y))
-    assert as_tensors["mA"] == got["mA"] and as_tensors["f1"] == got["f1"]
-
-
-def test_metrics_equal_scikit_learn():
-    rng = np.random.default_rng(9)
-    p, y = rng.random((60, 5)), (rng.random((60, 5)) < 0.5).astype(int)
-    yes, got = (p > 0.5).astype(int), attribute_metrics(p, y)
-    each = [balanced_accuracy_score(y[:, j], yes[:, j]) for j in range(5)]
-    assert got["mA"] == pytest.approx(np.mean(each))
-    scores = dict(accuracy=jaccard_score, precision=precision_score, recall=recall_score)
-    for name, score in scores.items():
-        assert got[name] == pytest.approx(score(y, yes, average="samples", zero_division=0)), name
-
-
-def test_metrics_by_hand():
-    p = np.array([[0.9, 0.2], [0.6, 0.7]])
-    y = np.array([[1, 0], [0, 1]])
-    # attribute 0: TPR 1, TNR 0; attribute 1: both 1. Pictures: {0} vs {0}; {0, 1} vs {1}.
-    got = attribute_metrics(p, y)
-    assert (got["mA"], got["accuracy"], got["precision"], got["recall"]) == (0.75, 0.75, 0.75, 1.0)
-    assert got["f1"] == pytest.approx(6 / 7)
-    with pytest.raises(UserError, match="two equal tables"):
-        attribute_metrics(p, y[:1])
-    with pytest.raises(UserError, match="not a number"):
-        attribute_metrics(p * np.nan, y)
-    p[0, 1] = 0.5 + 1e-12  # yes in float64, no in float32
-    tensors = torch.from_numpy(p), torch.from_numpy(y)
-    assert attribute_metrics(*tensors)["accuracy"] == attribute_metrics(p, y)["accuracy"]
-    assert attribute_metrics(tensors[0].bfloat16(), tensors[1])["accuracy"] == 0.75
-
-
-def test_loss_equals_a_loop_and_its_gradient():
-    rng = np.random.default_rng(1)
-    logits = torch.tensor(rng.normal(size=(5, 4)), dtype=torch.float32, requires_grad=True)
-    labels, ratio = torch.tensor(rng.integers(0, 2, (5, 4))), torch.tensor([0.0, 1.0, 0.3, 0.8])
-    total, slope = 0.0, np.zeros((5, 4))
-    for i in range(5):
-        for j in range(4):
-            z, y, r = logits[i, j].item(), labels[i, j].item(), ratio[j].item()
-            w, s = np.exp(y * (1 - r) + (1 - y) * r), 1 / (1 + np.exp(-z))
-            total -= w * (np.log(s) if y else np.log(1 - s)) / 5
-            slope[i, j] = w * (s - y) / 5
-    loss = weighted_bce(logits, labels, ratio)
-    loss.backward()
-    assert loss.item() == pytest.approx(total, rel=1e-5)
-    np.testing.assert_allclose(logits.grad.numpy(), slope, atol=1e-6)
-
-
-def cell(items):
-    out = np.empty((len(items), 1), object)
-    out[:, 0] = items
-    return out
-
-
-def config(**more):
-    defaults = {name: key.default for name, key in finetune_par.KEYS.items()}
-    return type("Config", (), defaults | more)
-
-
-def blank(folder, names):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        Image.new("RGB", (4, 8)).save(folder / name)
-
-
-def test_readers_of_official_files(tmp_path):
-    rng = np.random.default_rng(0)
-
-    # PA-100K
-    data, names = {"attributes": cell(["Female", "Hat"])}, {}
-    for kind, n in (("train", 3), ("val", 2), ("test", 2)):
-        names[kind] = [f"{kind}{i}.jpg" for i in range(n)]
-        data[f"{kind}_images_name"] = cell(names[kind])
-        data[f"{kind}_label"] = rng.integers(0, 2, (n, 2)).astype(np.uint8)
-        blank(tmp_path / "pa" / "data", names[kind])
-    savemat(tmp_path / "pa" / "annotation.mat", data)
-    cfg = config(dataset="pa100k", annotation=tmp_path / "pa" / "annotation.mat", trainval=True)
-    found, splits, report = read_attributes(cfg)
-    assert found == ["Female", "Hat"] and "3 train, 2 val, 2 test" in report
-    assert len(splits["train"].files) == 5
-    both = np.concatenate([data["train_label"], data["val_label"]])
-    np.testing.assert_array_equal(splits["train"].labels, both)
-    assert splits["test"].files[1].endswith("test1.jpg")
-
-    # PETA: four id columns, 105 attributes of which 35 count, 1-based splits
-    labels = rng.integers(0, 2, (6, 105))
-    part = [{"train": [[1 + k], [2]], "val": [[3]], "test": [[4], [5], [6]]} for k in range(2)]
-    peta = {
-        "data": np.concatenate([np.arange(24).reshape(6, 4), labels], 1).astype(np.uint16),
-        "attribute": cell([f"a{i}" for i in range(105)]),
-        "selected_attribute": np.arange(1, 36)[None],
-        "partion_attribute": cell(part),
-    }
-    blank(tmp_path / "peta" / "images", [f"{i:05d}.png" for i in range(1, 7)])
-    savemat(tmp_path / "peta" / "PETA.mat", {"peta": peta})
-    cfg = config(dataset="peta", annotation=tmp_path / "peta" / "PETA.mat", split=1)
-    found, splits, _ = read_attributes(cfg)
-    assert found == [f"a{i}" for i in range(35)]
-    assert [os.path.basename(f) for f in splits["train"].files] == ["00002.png", "00002.png"]
-    np.testing.assert_array_equal(splits["test"].labels, labels[3:, :35])
-
-    # RAP v2: fields by name, selected attributes
-    labels, files = rng.integers(0, 3, (5, 8)), [f"p{i}.png" for i in range(5)]
-    part = [{"train_index": [[1, 2]], "val_index": [[3]], "test_index": [[4, 5]]}] * 5
-    rap = {"name": cell(files), "data": labels, "attribute": cell([f"b{i}" for i in range(8)])}
-    rap |= {"selected_attribute": np.array([[2, 4, 8]]), "partition_attribute": cell(part)}
-    blank(tmp_path / "rap" / "RAP_dataset", files)
-    path = tmp_path / "rap" / "RAP_annotation.mat"
-    savemat(path, {"RAP_annotation": rap})
-    rap_v2 = config(dataset="rap", annotation=path, split=4)
-    found, splits, report = read_attributes(rap_v2)
-    assert found == ["b1", "b3", "b7"]
-    uncertain = int((labels[:, [1, 3, 7]] == 2).sum())
-    assert uncertain and f"; {uncertain} uncertain labels taken as 0" in report
-    for kind, rows in (("train", [0, 1]), ("test", [3, 4])):
-        np.testing.assert_array_equal(splits[kind].labels, labels[rows][:, [1, 3, 7]] == 1)
-    labels[4, 3] = 3
-    savemat(path, {"RAP_annotation": rap})
-    with pytest.raises(UserError, match="labels of value 3.0 in test; 0, 1 and 2"):
-        read_attributes(rap_v2)
-    for name in files[:3]:  # to evaluate, the test pictures are enough
-        (tmp_path / "rap" / "RAP_dataset" / name).unlink()
-    labels[4, 3] = 1
-    savemat(path, {"RAP_annotation": rap})
-    test_only = config(dataset="rap", annotation=path, eval_only=True, select="val", trainval=True)
-    assert [*read_attributes(test_only)[1]] == ["test"]
-    blank(tmp_path / "rap" / "RAP_dataset", files)
-
-    # RAP v1: fields by place, train + test only, 92 attributes of which 51 count
-    labels = rng.integers(0, 2, (5, 92))
-    part = [{"trainval": [[1, 3]], "test": [[2, 4, 5]]}] * 5
-    v1 = {"partion": cell(part), "label": labels, "attribute_chn": cell(["?"] * 92)}
-    v1 |= {"attribute_eng": cell([f"c{i}" for i in range(92)]), "position": labels}
-    v1 |= {"imagesname": cell(files)}
-    savemat(path, {"RAP_annotation": v1})
-    found, splits, _ = read_attributes(config(dataset="rap", annotation=path))
-    assert len(found) == 51 and not splits["val"].files
-    np.testing.assert_array_equal(splits["test"].labels, labels[[1, 3, 4], :51])
-
-
 def test_bad_annotation_is_one_clear_line(tmp_path, people):
     data = {"attributes": cell(["a", "b"])}
     for kind in ("train", "val", "test"):
@@ -262,33 +88,6 @@ def test_bad_annotation_is_one_clear_line(tmp_path, people):
         bad.write_text(text)
         with pytest.raises(UserError, match=message):
             read_attributes(config(train=str(bad), test=str(bad)))
-
-
-def test_a_mat_of_another_layout_is_one_clear_line(tmp_path):
-    path = tmp_path / "annotation.mat"
-    part = cell([{"train": [[1]], "val": [[2]], "test": [[3]]}] * 2)
-    rap = {"name": cell(["a", "b"]), "data": np.eye(2), "attribute": cell(["x", "y"])}
-    rap |= {"selected_attribute": [[1, 2]]}
-    zero = cell([{"train_index": [[0]], "val_index": [[1]], "test_index": [[2]]}] * 2)
-    for dataset, document in (
-        ("peta", {"peta": dict(data=np.arange(9), names=cell(["a"]), selected=1, partition=part)}),
-        ("peta", {"peta": dict(data=np.eye(40), names=cell(["a"]), selected=1, partition=7)}),
-        ("rap", {"RAP_annotation": {f"field{i}": i for i in range(6)}}),
-        ("rap", {"RAP_annotation": rap | {"partition_attribute": [1, 2, 3]}}),
-        ("rap", {"RAP_annotation": rap | {"selected_attribute": 9, "partition_attribute": part}}),
-        ("rap", {"RAP_annotation": rap | {"selected_attribute": 0, "partition_attribute": part}}),
-        ("rap", {"RAP_annotation": rap | {"partition_attribute": zero}}),  # numbers are from 1
-    ):
-        savemat(path, document)
-        kind = f"{dataset.upper()}'s annotation"
-        with pytest.raises(UserError, match=f"annotation.mat as {kind}: \\w+Error ") as caught:
-            read_attributes(config(dataset=dataset, annotation=path))
-        assert "\n" not in str(caught.value)
-    whole = path.read_bytes()
-    for size in (0, 60, 200, len(whole) - 9):
-        path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match=r"cannot read .* as a .mat file"):
-            read_attributes(config(dataset="rap", annotation=path))
 
 
 @pytest.mark.parametrize("kind", ["train", "test"])

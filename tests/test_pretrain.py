@@ -1,6 +1,5 @@
-"""pretrain.py from its command line: ranks, kill and resume, bad input, settings, overfitting."""
+"""pretrain.py from its command line: ranks, kill and resume, full disks, overfitting."""
 
-import json
 import math
 import os
 import shutil
@@ -12,39 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from coco_sets import write_set
 from conftest import ROOT, kill_after, run_script
+from pretrain_runs import arguments, rows, without_speed
 from safetensors.torch import load_file
-from test_data import write_set
 
-import pretrain
 from common import load_checkpoint, save_weights
-from plumbing import errors, process
 from plumbing.errors import UserError
-
-SMALL = "size=tiny height=64 width=32 patch=8 pictures_per_pose=3 batch=12 warmup_epochs=0.5"
-SMALL = [*SMALL.split(), "device=cpu", "workers=0"]
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    """A generated set (8 poses × 3) and a real one (12 pictures without pose group)."""
-    root = tmp_path_factory.mktemp("sets")
-    return [
-        write_set(root / "a", n_poses=8),
-        write_set(root / "b", n_poses=12, per_pose=1, pose_ids=False, seed=1),
-    ]
-
-
-def arguments(sets, out, *more):
-    return [f"annotations={','.join(map(str, sets))}", f"out={out}", *SMALL, *more]
-
-
-def rows(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def without_speed(out):
-    return [{k: v for k, v in row.items() if k != "pictures_per_s"} for row in rows(out)]
 
 
 @pytest.fixture(scope="module")
@@ -169,148 +142,6 @@ def test_finished_run_is_left_alone_and_another_config_refused(sets, plain):
     assert (plain / "last.pt").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["bacth=12"], "nearest valid key: batch"),
-        (["batch=twelve"], "key batch"),
-        (["batch=13"], "multiples of 3"),
-        (["batch=1200"], "larger than"),
-        (["mask=blocks"], "one of part, random, none"),
-        (["pictures_per_pose=4", "batch=8"], "the most have 3; lower pictures_per_pose"),
-        (["pictures_per_pose=1", "views_are_positives=false"], "one positive pair"),
-        (["gamma_align=0.1", "views=1"], "two views"),
-        (["decoder=false"], "L_rec"),
-        (["patch=7"], "multiples of patch"),
-        (["check_pictures=false", "max_bad=2"], "does not see"),
-        (["init=nowhere.pt"], "no checkpoint at nowhere.pt"),
-        (["annotations=nowhere.json"], "nowhere.json"),
-        (["annotations="], "names no file"),
-        (["shares=1"], "one number"),
-        (["shares=0,1"], "no batch can hold a positive pair"),
-        (["nonsense"], "key=value"),
-        (["batch=.inf"], "key batch"),
-        (["blr=.nan"], "key blr"),
-        (["box_padding=inf"], "key box_padding"),
-        (["mask_ratio=0.01"], "masks none"),
-        (["decoder=false", "mask=none", "views=1", "gamma_align=0", "gamma_mp=0"], "no loss"),
-        (["out="], "out= is empty"),
-        (["--cfg=nowhere.yaml"], "cannot read nowhere.yaml"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(sets, tmp_path, monkeypatch, more, words):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments(sets, tmp_path / "run"), *more])
-    with pytest.raises(UserError) as error:
-        pretrain.main()
-    assert words in str(error.value) and "\n" not in str(error.value)
-    assert not (tmp_path / "run").exists()
-
-
-def test_what_cannot_fit_is_refused_before_training(sets, tmp_path, monkeypatch):
-    """By what is counted before it is claimed, and where memory ends all the same."""
-    monkeypatch.setattr(process, "memory_of", lambda device: 30e6)  # the model alone takes 50 MB
-    argv = ["pretrain.py", *arguments(sets, tmp_path / "run")]
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(UserError, match=r"needs more than 0.1 GB, the cpu has 0.0 GB; lower"):
-        pretrain.main()
-    monkeypatch.undo()
-    huge = ["projector=mlp", "projector_width=30000000"]
-    monkeypatch.setattr(sys, "argv", [*argv, *huge])
-    with pytest.raises(UserError, match=r"needs more than \d{6,}\.\d GB"):
-        pretrain.main()
-    assert not (tmp_path / "run").exists()
-    out = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-    for error in (MemoryError(), out, RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        code, line = errors.verdict(error)
-        assert code == 2 and line.startswith("error: out of memory") and "lower the batch" in line
-
-
-def test_an_error_is_one_line_with_exit_code_2(sets, tmp_path):
-    done = run_script("pretrain.py", *arguments(sets, tmp_path / "run", "bacth=12"))
-    assert done.returncode == 2 and done.stdout == ""
-    assert (
-        done.stderr == 'error: unknown key "bacth" in the command line; nearest valid key: batch\n'
-    )
-    done = run_script("pretrain.py", "--help")
-    assert done.returncode == 0 and all(f"  {name}: " in done.stdout for name in pretrain.KEYS)
-
-
-def test_yaml_with_a_key_twice_or_without_value(sets, tmp_path):
-    for text, words in (
-        ("batch: 12\nbatch: 24\n", 'key "batch" twice'),
-        ("out:\n", "key out"),
-        ("out: !!set {a, b}\n", "key out in"),
-        ("out: [a, b]\n", "key out in"),
-    ):
-        (tmp_path / "x.yaml").write_text(text)
-        done = run_script(
-            "pretrain.py", "epochs=1", "--cfg", tmp_path / "x.yaml", f"annotations={sets[0]}"
-        )
-        assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_a_run_folder_that_cannot_be_made(sets, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    done = run_script("pretrain.py", *arguments(sets, tmp_path / "file/run"))
-    assert done.returncode == 2 and "file" in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_an_error_stands_on_a_line_of_its_own(sets, tmp_path):
-    """Though the progress bar is there already."""
-    done = run_script(
-        "pretrain.py", *arguments(sets, tmp_path / "run", "epochs=20", "blr=1e20", "save_every=1")
-    )
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
-        "error: non-finite loss"
-    )
-
-
-def test_only_real_pictures_cannot_feed_the_pose_loss(sets, tmp_path):
-    done = run_script("pretrain.py", *arguments(sets[1:], tmp_path / "run"))
-    assert done.returncode == 2 and "has a pose_id" in done.stderr
-
-
-def test_a_folder_of_the_user_is_not_touched(sets, tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    done = run_script("pretrain.py", *arguments(sets, tmp_path))
-    assert done.returncode == 2 and "not a run" in done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-def test_the_start_says_how_many_joints_are_known_and_part_masks_refuse_too_few(sets, tmp_path):
-    document = json.loads(sets[0].read_text())
-    document["categories"][0]["keypoints"] = [f"point_{j}" for j in range(17)]
-    other = sets[0].with_name("other_names.json")
-    other.write_text(json.dumps(document))
-    done = run_script("pretrain.py", *arguments([other], tmp_path / "part"))
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert not (tmp_path / "part").exists()
-    refused = "0 of COCO's 17 joints are recognised, which link 0 of 6 body parts; mask=part"
-    assert refused in done.stderr
-    keys = ["mask=random", "epochs=1"]
-    done = run_script("pretrain.py", *arguments([sets[0], other], tmp_path / "random", *keys))
-    assert done.returncode == 0
-    assert "17 of 17 joints recognised, 0 of 17 joints recognised" in done.stderr
-
-
-def test_truncated_picture_is_named_before_anything_is_written(tmp_path):
-    path = write_set(tmp_path / "set")
-    whole = (tmp_path / "set/images/003.jpg").read_bytes()
-    (tmp_path / "set/images/003.jpg").write_bytes(whole[:300])
-    done = run_script("pretrain.py", *arguments([path], tmp_path / "run"))
-    assert (
-        done.returncode == 2
-        and "003.jpg" in done.stderr
-        and len(done.stderr.strip().splitlines()) == 1
-    )
-    assert not (tmp_path / "run").exists()
-    done = run_script("pretrain.py", *arguments([path], tmp_path / "run"), ranks=2)
-    assert done.returncode and f"] error: {tmp_path}/set/images/003.jpg is damaged" in done.stderr
-    done = run_script("pretrain.py", *arguments([path], tmp_path / "run", "check_pictures=false"))
-    assert done.returncode == 2
-    assert "003.jpg as a picture" in done.stderr.splitlines()[-1]  # as it is loaded
-
-
 def test_damaged_or_foreign_checkpoints(sets, plain, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(plain, out)
@@ -397,19 +228,6 @@ def test_weights_can_be_read_by_whom_the_folder_lets(tmp_path):
     assert (tmp_path / "encoder.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-def test_a_pickle_from_a_stranger_never_runs(sets, tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "ran"), "w"))
-
-    torch.save({"model": Evil()}, tmp_path / "evil.pth")
-    done = run_script(
-        "pretrain.py", *arguments(sets, tmp_path / "run", f"init={tmp_path / 'evil.pth'}")
-    )
-    assert done.returncode == 2 and "evil.pth" in done.stderr
-    assert not (tmp_path / "ran").exists() and not (tmp_path / "run").exists()
-
-
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(sets, tmp_path):
     """A learning rate without bounds breaks the weights; the run names step, rank and pictures and
     stops.
@@ -426,62 +244,6 @@ def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(sets, tmp_path):
     assert kept["step"] == log[-1]["step"] and all(
         torch.isfinite(torch.tensor(row["loss"])) for row in log
     )
-
-
-@pytest.mark.parametrize("name", ["mae", "hap", "stablerep"])
-def test_comparison_methods_are_settings(sets, tmp_path, name):
-    more = ["epochs=1", "warmup_epochs=0", "precision=fp32", *SMALL, f"out={tmp_path / name}"]
-    done = run_script(
-        "pretrain.py",
-        "--cfg",
-        ROOT / f"configs/pretrain_{name}.yaml",
-        f"annotations={sets[0]}",
-        *more,
-    )
-    assert done.returncode == 0, done.stderr
-    last = rows(tmp_path / name)[-1]
-    assert (last["rec"] > 0, last["align"] > 0, last["mp"] > 0) == {
-        "mae": (True, False, False),
-        "hap": (True, True, False),
-        "stablerep": (False, False, True),
-    }[name]
-
-
-def test_health_speaks_of_the_pairs_that_the_loss_sees(sets, tmp_path):
-    """Views that are no positives: a picture never meets its own other view, and counts are those
-    of one view.
-    """
-    command = arguments(sets, tmp_path / "run", "epochs=1", "views_are_positives=false")
-    done = run_script("pretrain.py", *command)
-    assert done.returncode == 0, done.stderr
-    log = rows(tmp_path / "run")
-    assert sum(row["without_pose"] for row in log) == 12
-
-
-def test_defaults_run_together_and_without_l_mp_poses_are_not_grouped(sets, tmp_path):
-    batch, group = pretrain.KEYS["batch"].default, pretrain.KEYS["pictures_per_pose"].default
-    assert all(batch % (group * ranks) == 0 for ranks in (1, 2, 4, 8))
-    command = arguments(
-        sets, tmp_path / "run", "epochs=1", "gamma_mp=0", "batch=8", "pictures_per_pose=5"
-    )
-    done = run_script(
-        "pretrain.py", *command
-    )  # 8 pictures do not split into groups of 5, and no pose has 5
-    assert done.returncode == 0, done.stderr
-    assert "an epoch shows 32 pictures" in done.stderr and len(rows(tmp_path / "run")) == 4
-
-
-def test_the_sheet_of_neighbours_ranks_by_the_token_of_l_mp(sets, tmp_path, monkeypatch):
-    named = []
-    monkeypatch.setattr(
-        pretrain.sheets, "neighbour_sheet", lambda *args: named.append((args[1].shape, args[4]))
-    )
-    for more in ([], ["mp_token=cls"], ["gamma_mp=0", "pose_token=false"]):
-        out = tmp_path / str(len(named))
-        monkeypatch.setattr(sys, "argv", ["pretrain.py", *arguments(sets, out, "epochs=1"), *more])
-        pretrain.main()
-    assert [name for _, name in named] == ["[POSE]", "[CLS]", "[CLS]"]
-    assert all(shape == (36, 192) for shape, _ in named)  # pictures of both files
 
 
 def test_overfits_one_batch(tmp_path):
@@ -501,68 +263,3 @@ def test_starts_from_its_own_encoder_and_says_which_keys(sets, plain, tmp_path):
     done = run_script("pretrain.py", *arguments(sets, tmp_path / "run", "epochs=1", init))
     assert done.returncode == 0, done.stderr
     assert "weights used; not used: none; not in the file: none" in done.stdout
-
-
-# --------------------------------------------------------------- pictures without joints, two forks
-
-MAE = ["mask=random", "gamma_align=0", "gamma_mp=0", "views=1", "epochs=1"]
-STABLEREP = ["mask=none", "decoder=false", "views=1", "gamma_align=0", "mp_token=cls", "epochs=1"]
-
-
-def test_pictures_without_joints_train_wherever_the_mask_needs_none(sets, tmp_path):
-    """A plain folder, and boxes alone, whose annotations may carry pose ids."""
-    boxes = write_set(tmp_path / "boxes", n_poses=8)
-    document = json.loads(boxes.read_text())
-    for entry in document["annotations"]:
-        del entry["keypoints"], entry["num_keypoints"]
-    document["categories"] = [{"id": 1, "name": "person"}]
-    boxes.write_text(json.dumps(document))
-    folder = sets[0].parent / "images"
-    for name, files, keys in (
-        ("mae", [folder], MAE),
-        ("stablerep", [boxes], STABLEREP),
-        ("both", [boxes, folder], MAE),
-    ):
-        done = run_script("pretrain.py", *arguments(files, tmp_path / name, *keys))
-        assert done.returncode == 0, done.stderr
-        assert (tmp_path / name / "neighbours.png").exists()
-    for files in ([folder], [boxes]):
-        done = run_script("pretrain.py", *arguments(files, tmp_path / "part", "gamma_mp=0"))
-        assert done.returncode == 2 and "mask=part needs 3" in done.stderr
-        assert not (tmp_path / "part").exists()
-    (folder / "odd.png").write_bytes(b"no picture")
-    done = run_script("pretrain.py", *arguments([folder], tmp_path / "odd", *MAE))
-    (folder / "odd.png").unlink()
-    assert done.returncode == 2 and "odd.png is damaged" in done.stderr
-
-
-def test_fork_1_people_as_positives_of_the_class_token(tmp_path):
-    """README's first fork: no line of code changes. Odd numbers of pictures are said, not fatal."""
-    path = write_set(tmp_path / "set", n_poses=1, per_pose=16)
-    document = json.loads(path.read_text())
-    person = [0] * 7 + [1] * 4 + [2] * 3 + [3] + [4]
-    for entry, number in zip(document["annotations"], person):
-        entry["pose_id"] = number
-    path.write_text(json.dumps(document))
-    keys = ["mp_token=cls", "pictures_per_pose=2", "batch=4", "epochs=1"]
-    done = run_script("pretrain.py", *arguments([path], tmp_path / "run", *keys))
-    assert done.returncode == 0, done.stderr
-    # 7, 4 and 3 pictures fill three, two and one pair; two people have one picture alone.
-    assert "2 left out because their pose has fewer than 2 pictures" in done.stderr
-    assert "an epoch shows 12 pictures" in done.stderr
-    assert all(row["without_positive"] == 0 for row in rows(tmp_path / "run"))
-
-
-def test_fork_2_another_loss_on_the_pose_token(sets, tmp_path):
-    """README's second fork, done in a copy: one function more and one line of GenPoCCL.forward."""
-    shutil.copytree(ROOT, tmp_path / "fork", ignore=shutil.ignore_patterns(".*", "runs", "tests"))
-    losses, model = tmp_path / "fork/losses.py", tmp_path / "fork/model.py"
-    line = "losses.multi_positive_loss(z, id, self.tau_mp)"
-    assert model.read_text().count(line) == 1
-    model.write_text(model.read_text().replace(line, "losses.spread(z)"))
-    new = "\n\ndef spread(z):\n    return F.normalize(z.float(), dim=-1).mean(0).square().sum()\n"
-    losses.write_text(losses.read_text() + new)
-    command = [sys.executable, "pretrain.py", *arguments(sets, tmp_path / "run", "epochs=1")]
-    done = subprocess.run(command, cwd=tmp_path / "fork", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert all(0 < row["mp"] <= 1.001 for row in rows(tmp_path / "run"))

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from coco_sets import write_set
 from conftest import ROOT, run_script
-from test_data import write_set
-from test_pretrain import arguments, rows, without_speed
+from pretrain_runs import arguments, rows, without_speed
 
 import plumbing.process as locks
 
