@@ -303,7 +303,7 @@ def test_readmes_forks_change_lines_that_are_there():
 
 
 def test_the_file_tree_names_what_is_there():
-    tree = next(text for _, _, text in BLOCKS if text.startswith("generate.py  "))
+    tree = next(text for _, _, text in BLOCKS if text.startswith("annotate.py  "))
     named = {line.split()[0].strip("/") for line in tree.splitlines()}
     scripts = {re.sub("^finetune_.*", "finetune_*.py", path.name) for path in ROOT.glob("*.py")}
     folders = {p.name for p in ROOT.iterdir() if p.is_dir() and any(p.glob("*.py"))}
