@@ -23,7 +23,8 @@ FLOORS = [
     {"common", "model", "lesson"},
     {"drawing", "formats"},
     {"data", "tasks", "puppet"},
-    {"annotate", "pretrain", "finetune_pose", "finetune_reid", "finetune_par", "finetune_t2i", "generate"},
+    {"annotate", "generate", "pretrain"}
+    | {"finetune_pose", "finetune_reid", "finetune_par", "finetune_t2i"},
     {"baselines", "benchmarks"},
 ]
 STAGES = sorted(FLOORS[4])
