@@ -35,7 +35,8 @@ def commands_of(text):
     return [line for line in found if not re.search("lesson.py|drawing/curves.py", line)]
 
 
-STAGES = ["generate", "pretrain", "finetune_pose", "finetune_reid", "finetune_par", "finetune_t2i"]
+STAGES = ["annotate", "generate", "pretrain"]
+STAGES += ["finetune_pose", "finetune_reid", "finetune_par", "finetune_t2i"]
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]

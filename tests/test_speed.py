@@ -243,3 +243,18 @@ def test_a_table_prints_a_json_line_per_row():
     assert rows[0]["peak_GB"] < rows[2]["peak_GB"]  # a larger batch holds more
     done = run_script("benchmarks/throughput.py", "stop")
     assert done.returncode == 2 and done.stderr.startswith('error: no table "stop"; ')
+
+
+def test_the_cost_of_a_step_is_that_of_its_matrix_products():
+    """benchmarks/cost.py against a count by hand: 6 FLOP per weight and token, and attention."""
+    import cost
+
+    D, width, seen, tokens = 768, 512, 64 + 2, 128 + 2
+    encoder = 12 * (12 * D * D * seen + 2 * D * seen * seen) + 64 * 768 * D
+    decoder = 8 * (12 * width**2 * tokens + 2 * width * tokens**2) + D * width * seen
+    # The last block's queries, projection and MLP see the 64 masked patches alone.
+    decoder -= 9 * width**2 * (tokens - 64)
+    decoder += 64 * width * 768
+    by_hand = 6 * 2 * (encoder + decoder)  # two views
+    counted = cost.step_flops("base", ALONE)
+    assert abs(counted / by_hand - 1) < 0.03
