@@ -52,7 +52,7 @@ def draw_pretraining(model, samples, few, mask, out):
         drawn.append("correspondence.png")
         correspondence_sheet(images[people], patches, keypoints[people], joints, out / drawn[-1])
     model.train()
-    missing = "" if people else "no correspondence.png: no joint is seen on people of two poses"
+    missing = "" if people else "no correspondence.png: no joint is visible on people of two poses"
     return drawn, missing
 
 
@@ -168,34 +168,28 @@ def people_of_other_poses(keypoints, pose_id, J=4, others=4):
     """Whom the correspondence sheet shows. → (J joint ids, [query, four others]); ([], []) if no
     joint is seen on people of two poses.
 
-    keypoints (M, 17, 3) px; pose_id (M,), −1 = a pose of its own. The joints are seen on all of
-    them. The others: one per pose, from rather like the query's to the farthest from it.
+    keypoints (M, 17, 3) px; pose_id (M,), −1 = a pose of its own. The joints are visible, not
+    hidden, on all of them. The others: one per pose, from rather like the query's to the farthest.
     """
-    seen = keypoints[:, :, 2] > 0
-    joints, together = [], np.ones(len(seen), bool)
+    single = [i for i, pose in enumerate(pose_id) if pose < 0 or pose not in pose_id[:i]]
+    keypoints = keypoints[single]  # one person per pose
+    seen = keypoints[:, :, 2] == 2
+    joints, together = [], np.ones(len(single), bool)
     for least in (others + 1, 2):  # fewer people where too few show a joint
-        for j in ASKED:
-            if len(joints) < J and (together & seen[:, j]).sum() >= least and j not in joints:
+        for j in ASKED if not joints else ():
+            if len(joints) < J and (together & seen[:, j]).sum() >= least:
                 joints.append(j)
                 together = together & seen[:, j]
-        if joints:
-            break
-    people = np.flatnonzero(together).tolist() if joints else []
-    found, poses = [], set()
-    for i in people:
-        if pose_id[i] < 0 or pose_id[i] not in poses:
-            found.append(i)
-            poses.add(pose_id[i])
-    if len(found) < 2:
+    if not joints:
         return [], []
-    query, rest = found[0], found[1:]
+    query, *rest = np.flatnonzero(together)
     both = seen[rest] & seen[query]
     away = np.linalg.norm(keypoints[rest, :, :2] - keypoints[query, :, :2], axis=2)
     order = np.argsort((away * both).sum(1) / both.sum(1), kind="stable")
     n = len(rest)
     first = max(0, min(n // 4, n - others))
     places = np.unique(np.linspace(first, n - 1, others).round().astype(int))
-    return joints, [query, *(rest[order[place]] for place in places)]
+    return joints, [single[query], *(single[rest[order[place]]] for place in places)]
 
 
 def correspondence_sheet(images, patches, keypoints, joints, path):
@@ -203,35 +197,32 @@ def correspondence_sheet(images, patches, keypoints, joints, path):
     the query.
 
     images (M, 3, H, W) uint8; patches (M, h, w, D) their tokens; keypoints (M, 17, 3) px; joints: J
-    ids, seen on all. A column has one scale, from the least to the most similar patch of the
-    others. Square: the most similar patch, its cosine in the corner; ring: the joint as annotated.
+    ids, seen on all. A map goes from its least similar patch, dark, to its most similar one, in the
+    square, whose cosine stands in the corner. Ring: the joint as annotated.
     """
     M, (H, W) = len(images), images.shape[2:]
     z = F.normalize(patches, dim=-1)
     h, w = z.shape[1:3]
-    height = 224
+    height, patch = 224, H // h
     size, zoom = (round(height * W / H), height), height / H
     shown = [as_picture(image).resize(size, Image.Resampling.BICUBIC) for image in images]
     spots = keypoints[:, joints, :2].numpy() + 0.5  # px from the corner; pixel centres are whole
     rows, heads = [[picture] for picture in shown], ["picture"]
     rows[0] = [numbered(shown[0], spots[0] * zoom)]
     for c, joint in enumerate(joints):
-        cells = (spots[:, c] / (W / w, H / h)).astype(int).clip(0, (w - 1, h - 1))  # column, row
+        cells = (spots[:, c] / patch).astype(int).clip(0, (w - 1, h - 1))  # column, row
         cosine = z @ z[0, cells[0, 1], cells[0, 0]]  # (M, h, w)
-        low, high = cosine[1:].min(), cosine[1:].max()
         glow = F.interpolate(cosine[:, None], size[::-1], mode="bicubic", align_corners=False)[:, 0]
+        low, high = cosine.amin((1, 2), keepdim=True), cosine.amax((1, 2), keepdim=True)
         glow = ((glow - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).numpy()
         hits = 0
         for i in range(M):
             row, column = divmod(int(cosine[i].argmax()), w)
             hits += i > 0 and abs(cells[i] - (column, row)).max() <= 1
-            square = np.array(
-                [column * W / w, row * H / h, (column + 1) * W / w, (row + 1) * H / h]
-            )
+            square = np.array([column, row, column + 1, row + 1]) * patch * zoom
             text = f"{cosine[i].max():.2f}" if i else ""
-            rows[i].append(
-                marked(heated(shown[i], glow[i]), square * zoom, spots[i, c] * zoom, text)
-            )
+            cell = marked(heated(shown[i], glow[i]), square, spots[i, c] * zoom, text)
+            rows[i].append(cell)
         heads.append(f"{c + 1} {ASKED[joint]}\n{hits} of {M - 1} found")
     title = "Which patch is most like the one under a joint of the query? "
     title += "Square: that patch; ring: the joint itself. Found: on its patch or beside it"
