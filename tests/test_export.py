@@ -4,11 +4,13 @@ what the libraries write is read; the model card's lines run, and its head is th
 
 import json
 import re
+import shlex
 import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
@@ -17,7 +19,7 @@ from transformers import DeiTConfig, DeiTModel, ViTMAEConfig, ViTMAEForPreTraini
 import pretrain
 from formats import export
 from formats.weights import load_pretrained, meta_of, read_encoder, training_of
-from model import IMAGENET_MEAN, IMAGENET_STD, ViT
+from model import EPS, IMAGENET_MEAN, IMAGENET_STD, ViT
 from plumbing.config import read_config
 from plumbing.errors import UserError
 from plumbing.files import load_checkpoint, save_weights
@@ -80,6 +82,9 @@ def test_the_card_s_own_lines_load_it_and_give_our_tokens(
         # Only transformers has a bicubic of its own, a grey level away from Pillow's.
         bound = 2e-2 if library == "transformers" and size[0] == 90 else 1e-5
         assert (place["tokens"] - expected).abs().max() < bound
+    # An eps of 1e-12, DeiT's own, would hardly show in tokens of this size.
+    norms = [m for m in place["model"].modules() if isinstance(m, torch.nn.LayerNorm)]
+    assert len(norms) == 13 and all(norm.eps == EPS for norm in norms)
     name = "encoder.safetensors" if library == "ours" else "model.safetensors"
     cfg = read_config(export.KEYS, "", ["size=base", "height=256"])  # the file knows better
     back, about = read_encoder(cfg, out / name)
@@ -158,6 +163,13 @@ def test_the_card_says_what_the_weights_say_and_nothing_else(tmp_path, monkeypat
     text = ModelCard.load(tmp_path / "three/README.md").text
     assert "`plain.safetensors`, from which this was made, does not say" in text
     assert "L_mp" not in text and "annotations" not in text
+
+
+def test_the_documents_lines_are_valid():
+    text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8") + export.__doc__
+    lines = re.findall(r"^ *python formats/export.py (.*)$", text, re.M)
+    chosen = {read_config(export.KEYS, "", shlex.split(line)).to for line in lines}
+    assert chosen == set(export.LIBRARIES)
 
 
 def test_refusals(tmp_path, monkeypatch):
