@@ -328,11 +328,11 @@ def predict(cfg, ranks):
         print(about, file=sys.stderr)
         out, N = Path(cfg.out), len(people.files)
         write_features(out / "features.npz", people, features)
-        pictures, drawn = ResizedPictures(people, encoder.image_size, range(N)), []
-        for name, values in features.items() if N > 1 else ():
-            drawn.append(f"nearest_{name}.png")
-            values = torch.from_numpy(values)
-            sheets.neighbour_sheet(pictures, values, None, out / drawn[-1], name, queries=12)
+        drawn = []
+        if N > 1:
+            pictures = ResizedPictures(people, encoder.image_size, range(N))
+            files = [name.decode() for name in people.files]
+            drawn = sheets.nearest_sheets(pictures, files, features, out)
         (out / "done").touch()
         shape = f"{N} pictures x {encoder.width}: {', '.join(features)}"
         print(f"wrote {', '.join([f'{out}/features.npz ({shape})', *drawn])}")

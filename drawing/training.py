@@ -93,12 +93,25 @@ def two_a_row(rows):
     return [a + b for a, b in zip(rows[:half], rows[half:] + [[]])]
 
 
-def neighbour_sheet(images, features, pose_id, path, name, queries=6):
+def nearest_sheets(images, files, features, out):
+    """nearest_TOKEN.png in the folder `out`, for each token in features {name: (M, D) array}.
+
+    → names of what is drawn. images: M, as for neighbour_sheet; files: their M names.
+    """
+    names, drawn = {"cls": "[CLS]", "pose": "[POSE]", "patch_mean": "the mean of the patches"}, []
+    for token, values in features.items():
+        drawn.append(f"nearest_{token}.png")
+        path, values = Path(out) / drawn[-1], torch.from_numpy(values)
+        neighbour_sheet(images, values, None, path, names[token], queries=12, labels=files)
+    return drawn
+
+
+def neighbour_sheet(images, features, pose_id, path, name, queries=6, labels=None):
     """Rows: a picture and its nearest others by cosine of `features`.
 
     A green frame marks the same pose group. images: M of (3, H, W) uint8, of which those shown are
     asked for; features (M, D); pose_id (M,), −1 = no pose group, or None where there are no groups;
-    name: of the token, for the title.
+    name: of the token, for the title. labels: M texts, those of the rows.
     """
     neighbours = 8
     z = F.normalize(features.float(), dim=1)
@@ -113,9 +126,10 @@ def neighbour_sheet(images, features, pose_id, path, name, queries=6):
             same = pose_id is not None and pose_id[q] >= 0 and pose_id[j] == pose_id[q]
             row.append(framed(images[j], GREEN) if same else images[j])
         rows.append(row)
-    labels = ["query"] + [f"{i + 1}" for i in range(neighbours)]
+    heads = ["query"] + [f"{i + 1}" for i in range(neighbours)]
     groups = "" if pose_id is None else "; green: same group"
-    sheet(rows, path, None, labels, f"Nearest pictures by {name}{groups}", (80, 160))
+    labels = labels and [labels[q] for q in chosen]
+    sheet(rows, path, labels, heads, f"Nearest pictures by {name}{groups}", (80, 160))
 
 
 def attention_sheet(images, maps, path):
