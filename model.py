@@ -351,14 +351,14 @@ class GenPoCCL(nn.Module):
         masked, exactly round(mask_ratio · N) per row; or [None] for one unmasked view.
         pose_id (B,) int64, −1 = no pose group.
         → dict: total, rec, align, mp (scalars, this rank's shares: see losses.py); cls, pose
-          (v, B, D) final-norm tokens (pose None without the token); z (s, n, d) and z_pose_id (s,
-          n), the s sets of embeddings that meet in L_mp, s · n = v · B (None if not computed); pred
-          (v, B, N − V, p·p·3) of the masked patches in grid order (None without decoder); bad (B,)
-          bool: pictures whose output is not finite.
+          (v, B, D) final-norm tokens (pose None without the token); health: a dict of figures for
+          each set of embeddings that meets in L_mp (none without it); pred (v, B, N − V, p·p·3) of
+          the masked patches in grid order (None without decoder); bad (B,) bool: pictures whose
+          output is not finite.
         """
         v, B = len(masks), len(images)
         zero = torch.zeros((), device=images.device)
-        out = dict(rec=zero, align=zero, mp=zero, pred=None, z=None, z_pose_id=None)
+        out = dict(rec=zero, align=zero, mp=zero, pred=None, health=[])
 
         # All views go through encoder and decoder as one batch: larger products, the same numbers.
         visible, masked = None, None
@@ -390,9 +390,9 @@ class GenPoCCL(nn.Module):
         if self.gamma_mp > 0:
             z = self.projector(special[:, :, self.token].flatten(0, 1))  # (v·B, d)
             s = 1 if self.views_are_positives else v  # all views in one set, or each by itself
-            out["z"], out["z_pose_id"] = z.unflatten(0, (s, -1)), pose_id.repeat(v).view(s, -1)
-            sets = zip(out["z"], out["z_pose_id"])
+            sets = list(zip(z.unflatten(0, (s, -1)), pose_id.repeat(v).view(s, -1)))
             out["mp"] = sum(losses.multi_positive_loss(z, id, self.tau_mp) for z, id in sets) / s
+            out["health"] = [losses.contrastive_health(z, id) for z, id in sets]  # to be logged
 
         # Eq.  L = L_rec + γ1·L_align + γ2·L_mp
         out["total"] = out["rec"] + self.gamma_align * out["align"] + self.gamma_mp * out["mp"]

@@ -7,10 +7,11 @@ Inputs   COCO keypoint JSON files with pictures, or plain folders: generated set
          and L_align and are left out of L_mp).
 Outputs  in `out`: encoder.safetensors, last.pt (everything to resume), log.jsonl, config.yaml, and
          pictures: reconstructions.png, neighbours.png (nearest by [POSE]), attention.png,
-         curves.png (of the log).
+         correspondence.png (patches under joints), curves.png (of the log).
 
   python pretrain.py --cfg configs/pretrain_demo.yaml                       # laptop
   torchrun --nproc_per_node=8 pretrain.py --cfg configs/pretrain_coco.yaml  # GPUs
+  python pretrain.py predict=my_pictures weights=encoder.safetensors        # features of a folder
 
 MAE, HAP and StableRep are settings of this script: configs/pretrain_{mae,hap,stablerep}.yaml.
 Legend: B pictures on this rank · N patches · P pictures of a pose in a batch · h, w grid.
@@ -19,6 +20,7 @@ Legend: B pictures on this rank · N patches · P pictures of a pose in a batch 
 import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
 
 # isort: split
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +38,11 @@ from data import (
     recognised,
 )
 from drawing import training as sheets
-from formats.coco import MIN_SCORE, Limits, read_people
-from formats.weights import load_into, meta_of
-from losses import contrastive_health
-from model import SIZES, Decoder, GenPoCCL, Projector, ViT, normalize, split_mask
-from plumbing.config import MACHINE, Key, read_config
+from formats.coco import MIN_SCORE, Limits, read_folder, read_people
+from formats.weights import load_into, meta_of, read_encoder, training_of
+from model import SIZES, Decoder, GenPoCCL, Projector, ViT, normalize
+from plumbing.config import MACHINE, Key, read_config, separate_out
+from tasks.features import ResizedPictures, folder_features, write_features
 
 KEYS = dict(
     out=Key("runs/pretrain", "run folder"),
@@ -103,12 +105,17 @@ KEYS = dict(
     beta2=Key(0.95, "AdamW β2 (β1 = .9)", "[HAP] [MAE]", low=0, high=0.99999),
     clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[HAP] [MAE]", low=0),
     picture_every=Key(0, "steps between pictures; 0 = only at the end", low=0, may_change=True),
+    # features instead of a training
+    predict=Key(None, "no training: features of a folder of pictures, or of one, by weights="),
+    weights=Key(None, "an encoder for predict: encoder.safetensors, or others' as for init"),
 ) | MACHINE  # fmt: skip
 
 
 def main():
     cfg = read_config(KEYS, __doc__)
     ranks = common.start_ranks(cfg.device, cfg.precision)
+    if cfg.predict or cfg.weights:
+        return predict(cfg, ranks)
     check(cfg)
     # Everything that can be wrong with the input is found before the run folder is made.
     dataset, batches, about = build_data(cfg, ranks)
@@ -170,7 +177,7 @@ def main():
     if ranks.rank == 0:
         sheets.draw_curves([cfg.out], Path(cfg.out) / "curves.png")
         (Path(cfg.out) / "done").touch()
-    log.say(f"wrote {cfg.out}/encoder.safetensors, {', '.join(drawn)}, curves.png")
+    log.say(f"wrote {cfg.out}/encoder.safetensors, curves.png, {drawn}")
     common.barrier()
 
 
@@ -263,11 +270,10 @@ def draw_masks(cfg, keypoints, grid, step, ranks):
 
 
 def health(result):
-    """Is L_mp learning poses or collapsing? losses.contrastive_health, mean over the sets."""
-    if result["z"] is None:
-        return {}
-    sets = [contrastive_health(z, ids) for z, ids in zip(result["z"], result["z_pose_id"])]
-    return {name: sum(figures[name] for figures in sets) / len(sets) for name in sets[0]}
+    """Is L_mp learning poses or collapsing? losses.contrastive_health, mean over its sets."""
+    sets = result["health"]
+    names = sets[0] if sets else []
+    return {name: sum(figures[name] for figures in sets) / len(sets) for name in names}
 
 
 # ------------------------------------------------------------------------------- files and pictures
@@ -278,44 +284,59 @@ def save(cfg, model, optimizer, step, ranks):
     so the two always agree."""
     if ranks.rank == 0:
         out, weights = Path(cfg.out), model.state_dict()
-        common.save_weights(out / "encoder.safetensors", model.encoder, **meta_of(model.encoder))
+        meta = meta_of(model.encoder) | dict(training=training_of(cfg, KEYS, step))
+        common.save_weights(out / "encoder.safetensors", model.encoder, **meta)
         state = optimizer.state_dict()
         common.save_checkpoint(out / "last.pt", model=weights, optimizer=state, step=step)
 
 
-@torch.no_grad()
 def draw(cfg, model, dataset, ranks):
-    """Pictures of the same people at every call, by rank 0. → names of what is drawn."""
+    """Pictures of the same people at every call, by rank 0. → what is drawn, what is not."""
+    text = ""
     if ranks.rank == 0:
-        model.eval()
-        out, share = Path(cfg.out), 256 // len(dataset.people)  # the first people of every file
-        rows = []
+        rows, share = [], 256 // len(dataset.people)  # the first people of every file
         for start, end in zip(dataset.starts, dataset.starts[1:]):
             rows += range(start, min(end, start + share))
-        samples = [dataset[(0, row)] for row in rows]
-        images = torch.stack([sample["image"] for sample in samples])
-        inputs = normalize(images.to(ranks.device))
+        samples, mask = [dataset[(0, row)] for row in rows], None
         few = np.linspace(0, len(rows) - 1, min(8, len(rows))).round().astype(int)
         if cfg.decoder:
             keypoints = torch.stack([samples[i]["keypoints"] for i in few]).to(ranks.device)
             alone = common.Ranks(0, 1, ranks.device)
             mask = draw_masks(cfg, keypoints, model.encoder.grid, 0, alone)[0]
-            visible, masked = split_mask(mask, model.n_visible)
-            # Not model(): its losses ask all ranks.
-            pred = model.decoder(model.encoder(inputs[few], visible), visible, masked)
-            file = out / "reconstructions.png"
-            sheets.reconstruction_sheet(inputs[few], masked, pred, cfg.patch, file)
-        S = model.encoder.n_special
-        special = torch.cat([model.encoder(part)[:, :S] for part in inputs.split(64)]).cpu()
-        token = model.token if cfg.gamma_mp else S - 1  # that of L_mp, else the last
-        name, pose_id = ("[CLS]", "[POSE]")[token], dataset.pose_id[rows].tolist()
-        sheets.neighbour_sheet(images, special[:, token], pose_id, out / "neighbours.png", name)
-        maps = sheets.attention_maps(model.encoder, inputs[few]).cpu()
-        sheets.attention_sheet(images[few], maps, out / "attention.png")
-        model.train()
+        drawn, missing = sheets.draw_pretraining(model, samples, few, mask, cfg.out)
+        text = ", ".join(drawn) + (f" ({missing})" if missing else "")
     common.barrier()
-    always = ["neighbours.png", "attention.png"]
-    return ["reconstructions.png", *always] if cfg.decoder else always
+    return text
+
+
+def predict(cfg, ranks):
+    """A folder of pictures, or one → features.npz and, of several, a sheet of the nearest ones for
+    each token.
+
+    features.npz: files (N,) text; cls, pose (if the encoder has it), patch_mean (N, D) float32.
+    """
+    if not (cfg.predict and cfg.weights):
+        need = "predict= (pictures) and weights= (an encoder: ours, MAE, …) need each other"
+        raise UserError(f"{need}; to start a pre-training from weights use init=")
+    separate_out(cfg, KEYS, "predict")
+    people, _ = read_folder(cfg.predict, Limits())
+    encoder, about = read_encoder(cfg, cfg.weights)
+    if common.open_run(cfg, KEYS, ranks) == "finished":
+        return
+    features = folder_features(cfg, encoder.to(ranks.device), people, ranks)
+    if ranks.rank == 0:
+        print(about, file=sys.stderr)
+        out, N = Path(cfg.out), len(people.files)
+        write_features(out / "features.npz", people, features)
+        drawn = []
+        if N > 1:
+            pictures = ResizedPictures(people, encoder.image_size, range(N))
+            files = [name.decode() for name in people.files]
+            drawn = sheets.nearest_sheets(pictures, files, features, out)
+        (out / "done").touch()
+        shape = f"{N} pictures x {encoder.width}: {', '.join(features)}"
+        print(f"wrote {', '.join([f'{out}/features.npz ({shape})', *drawn])}")
+    common.barrier()
 
 
 # ------------------------------------------------------------------------------------------- checks

@@ -6,11 +6,14 @@ Legend: D width · N patches · h, w patch grid · H, W picture.
 
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from formats.transformers_names import from_transformers
 from model import SIZES, ViT
 from plumbing.config import Key
 from plumbing.errors import UserError, reading
@@ -57,12 +60,16 @@ def our_name(name):
 
 
 def tensors_of(state):
-    """{name in the file: tensor} of what a file held: MAE and HAP nest theirs under "model"."""
+    """{name in the file: tensor} of what a file held: MAE and HAP nest theirs under "model".
+
+    What transformers has written gets our names and shapes first.
+    """
     for nest in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(nest), dict):
             state = state[nest]
     state = state if isinstance(state, dict) else {}
-    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    state = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return from_transformers(state)
 
 
 def load_pretrained(vit, state, path, grid=None):
@@ -204,8 +211,9 @@ def build_encoder(cfg, reads_pose, drop_path=0.0):
     size, patch, meta = cfg.size, cfg.patch, encoder_meta(path)
     state = None if path is None else load_checkpoint(path)
     pose_token = cfg.pose_token and (path is None or reads_pose)
-    if any(re.match(REGISTER, name) for name in tensors_of(state)):
-        pose_token = True
+    with reading(path, "ViT weights"):
+        if any(re.match(REGISTER, name) for name in tensors_of(state)):
+            pose_token = True
     if meta:
         size, patch, pose_token = (
             meta["size"],
@@ -224,6 +232,22 @@ def build_encoder(cfg, reads_pose, drop_path=0.0):
     if path is None:
         return vit, f"encoder from scratch ({about})"
     return vit, f"encoder {path} ({about}): {load_into(vit, path, state)}"
+
+
+def read_encoder(cfg, path):
+    """The encoder that a file holds, for use as it is. → (ViT, one sentence about it)
+
+    A file of ours decides about everything. Others' weights are of cfg's size and patch, are given
+    cfg's input, and have [POSE] where they have a register.
+    """
+    settings, meta = (
+        SimpleNamespace(**vars(cfg) | dict(encoder=path, weights=None)),
+        encoder_meta(path),
+    )
+    if meta:
+        settings.height, settings.width = int(meta["height"]), int(meta["width_px"])
+    encoder, about = build_encoder(settings, reads_pose=False)
+    return encoder.eval(), f"{about}; pictures of {settings.height} × {settings.width} px"
 
 
 def load_into(vit, path, state=None):
@@ -265,6 +289,19 @@ def meta_of(encoder):
     (H, W), p = encoder.image_size, encoder.patch_size
     token = encoder.pose_token is not None
     return dict(size=size, **shape, height=H, width_px=W, patch_size=p, pose_token=token)
+
+
+def training_of(cfg, keys, steps):
+    """What is written beside pre-trained weights about how they came about, as text: every setting
+    that has a say in them. Of paths only the last two names: others will read it."""
+    said = {"steps": steps}
+    for name, key in keys.items():
+        value = getattr(cfg, name)
+        if not key.may_change and name not in ("out", "images", "predict", "weights"):
+            if name == "annotations":
+                value = ["/".join(Path(path).parts[-2:]) for path in value]
+            said[name] = Path(value).name if name == "init" and value else value
+    return json.dumps(said)
 
 
 def take_settings(cfg, stage, mark, *names):

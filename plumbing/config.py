@@ -89,11 +89,7 @@ def describe(keys):
 
 
 def check_job(cfg, keys):
-    """A fine-tuning stage trains, or with a finished run's weights= does one of eval_only, predict.
-
-    These two write to a folder of their own unless the command line names one: a config's `out` is
-    its training's.
-    """
+    """A fine-tuning stage trains, or does eval_only or predict with a finished run's weights=."""
     if cfg.eval_only and cfg.predict:
         raise UserError("eval_only and predict are two jobs; give one")
     if bool(cfg.eval_only or cfg.predict) != bool(cfg.weights):
@@ -101,8 +97,15 @@ def check_job(cfg, keys):
             "weights= (a finished run's model.safetensors) and eval_only=true or predict=FOLDER "
             "need each other; to start a fine-tuning from an encoder use encoder="
         )
-    if cfg.weights and "out" not in cfg.given:
-        cfg.out = keys["out"].default + ("_eval" if cfg.eval_only else "_predict")
+    if cfg.weights:
+        separate_out(cfg, keys, "eval" if cfg.eval_only else "predict")
+
+
+def separate_out(cfg, keys, job):
+    """A job that is no training writes to a folder of its own unless the command line names one: a
+    config's `out` is its training's. It lies outside of what is read."""
+    if "out" not in cfg.given:
+        cfg.out = f"{keys['out'].default}_{job}"
     read = Path(cfg.predict or "").resolve()
     if cfg.predict and read.is_dir() and Path(cfg.out).resolve().is_relative_to(read):
         raise UserError(f"out={cfg.out} lies in predict={cfg.predict}, whose pictures are read")

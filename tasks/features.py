@@ -1,9 +1,19 @@
 """One feature per picture, from the encoder's tokens.
 
-Legend: B pictures on this rank · S special tokens ([CLS], [POSE]) · N patches · D width.
+Legend: B pictures on this rank · S special tokens ([CLS], [POSE]) · N patches · D width ·
+H, W input.
 """
 
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+import common
+from model import normalize
 from plumbing.errors import UserError
+from plumbing.files import write_atomic
+from plumbing.pictures import load_picture
 
 TOKENS = ("cls", "pose", "both", "patch_mean", "patch_max")
 
@@ -36,3 +46,59 @@ def feature_width(encoder, choice):
     if choice in ("pose", "both") and encoder.n_special < 2:
         raise UserError(f"token={choice} needs an encoder with [POSE]; use token=cls or patch_mean")
     return encoder.width * (2 if choice == "both" else 1)
+
+
+# ------------------------------------------------------------------------------- pictures of a list
+
+
+def resized(picture, size):
+    """PIL → uint8 (H, W, 3), bicubic [MALE]."""
+    H, W = size
+    return np.asarray(picture.resize((W, H), Image.Resampling.BICUBIC))
+
+
+class ResizedPictures(Dataset):
+    """For evaluation. Item i → picture uint8 (3, H, W): row rows[i] of `people`.
+
+    people: anything with a folder and files, as formats.coco.People and formats.market.Sightings.
+    """
+
+    def __init__(self, people, size, rows):
+        self.people, self.size, self.rows = people, size, rows
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        picture = load_picture(self.people.folder, self.people.files[self.rows[i]])
+        return torch.from_numpy(resized(picture, self.size).copy()).permute(2, 0, 1)
+
+
+@torch.no_grad()
+def folder_features(cfg, encoder, people, ranks):
+    """Final-norm tokens of whole pictures, on every rank; each rank encodes its part.
+
+    → {"cls", "pose" (if the encoder has it), "patch_mean": (pictures, D) float32}, in the order of
+    people.files.
+    """
+    rows = common.rank_share(len(people.files), ranks)
+    dataset = ResizedPictures(people, encoder.image_size, rows)
+    names, parts = ("cls", "pose")[: encoder.n_special] + ("patch_mean",), []
+    for images in DataLoader(dataset, 64, num_workers=cfg.workers):
+        with common.autocast(ranks.device, cfg.precision):
+            tokens = encoder(normalize(images.to(ranks.device)))
+        kinds = [token_features(tokens.float(), encoder.n_special, name) for name in names]
+        parts.append(torch.stack(kinds).cpu().numpy())
+    gathered = np.concatenate(common.gather_rows(parts, ranks), axis=1)
+    return dict(zip(names, gathered))
+
+
+def write_features(path, people, features):
+    """NumPy's .npz: files (N,) text, names below their folder, and the arrays of `features`."""
+    arrays = {"files": np.array([name.decode() for name in people.files])} | features
+
+    def write(part):
+        with open(part, "wb") as file:  # given a name, NumPy would add .npz to it
+            np.savez(file, **arrays)
+
+    write_atomic(path, write)

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.transforms import RandomErasing
 
@@ -17,7 +16,14 @@ from model import IMAGENET_MEAN, IMAGENET_STD
 from plumbing.errors import UserError
 from plumbing.loading import StepSampler
 from plumbing.seeds import ORDER, SAMPLE, rng_of, seed_all
-from tasks.features import TOKENS, feature_width, reads_pose, token_features
+from tasks.features import (
+    TOKENS,
+    ResizedPictures,
+    feature_width,
+    reads_pose,
+    resized,
+    token_features,
+)
 
 # TOKENS and reads_pose: what may be ReID's `token`, for the stage.
 __all__ = ["TOKENS", "reads_pose", "ReID", "AugmentedPictures", "ResizedPictures", "PersonBatches"]
@@ -56,12 +62,6 @@ class ReID(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------- pictures
-
-
-def resized(picture, size):
-    """PIL → uint8 (H, W, 3), bicubic [MALE]."""
-    H, W = size
-    return np.asarray(picture.resize((W, H), Image.Resampling.BICUBIC))
 
 
 class AugmentedPictures(Dataset):
@@ -108,20 +108,6 @@ def erase_pixels(pixels):
     mean, std = torch.tensor(IMAGENET_MEAN) * 255, torch.tensor(IMAGENET_STD) * 255
     noise = noise * std[:, None, None] + mean[:, None, None]
     pixels[:, top : top + h, left : left + w] = noise.clamp(0, 255).to(torch.uint8)
-
-
-class ResizedPictures(Dataset):
-    """For evaluation. Item i → picture uint8 (3, H, W): row rows[i] of `people`."""
-
-    def __init__(self, people, size, rows):
-        self.people, self.size, self.rows = people, size, rows
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        pixels = resized(self.people.load(self.rows[i]), self.size)
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
 # ------------------------------------------------------------------------------------------ batches

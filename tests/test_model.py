@@ -213,7 +213,7 @@ def test_mae_hap_and_stablerep_are_settings():
     )
     mae = genpoccl(gamma_align=0.0, gamma_mp=0.0)
     out = mae(images, masks[:1], pose_id)
-    assert out["total"] == out["rec"] > 0 and out["align"] == out["mp"] == 0 and out["z"] is None
+    assert out["total"] == out["rec"] > 0 and out["align"] == out["mp"] == 0 and out["health"] == []
     out = genpoccl(gamma_mp=0.0)(images, masks, pose_id)
     assert out["mp"] == 0 and torch.equal(out["total"], out["rec"] + 0.05 * out["align"])
     stablerep = GenPoCCL(
