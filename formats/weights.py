@@ -24,7 +24,7 @@ ENCODER = dict(
     patch=Key(16, "patch side in px, where encoder= does not say it", "[MAE]", low=1),
     pose_token=Key(True, "[POSE] from scratch, and on others' weights if it is read", "[paper]"),
     checkpoint_activations=Key(False, "recompute activations: less memory", may_change=True),
-    semantic_weight=Key(-1.0, "λ of SOLIDER's controller, 0 looks … 1 semantics; -1: the task's own",
+    semantic_weight=Key(-1.0, "λ of SOLIDER's controller, 0 looks … 1 semantics; -1: as the task",
                         "[SOLIDER] .2 ReID, .8 attributes, pose; ours .2 text", low=-1, high=1),
 )  # fmt: skip
 
