@@ -67,7 +67,7 @@ from plumbing.seeds import CHOICE
 KEYS = dict(
     out=Key("runs/solider", "run folder"),
 ) | DATA | dict(
-    box_padding=Key(1.25, "boxes grow by this before cropping, within the picture", low=1),
+    box_padding=Key(1.0, "boxes grow by this before cropping; 1: tight, as LUPerson", low=1),
     region=Key("grow", "see pretrain.py", choices=("grow", "box")),
     augmentation=Key("strong", "hap: crop and flip; strong: + jitter, grey, blur [StableRep]",
                      "[DINO], but for details", ("hap", "strong")),
@@ -274,7 +274,7 @@ class Solider(nn.Module):
         logits = student.head(cls).unflatten(0, (-1, B))  # (g + l, B, K)
         # The tokens that L_sm asks: those of λ = 1, their crop whole and with a part hidden.
         asked = torch.cat([patches[on], patches[2 * B :]]).flatten(0, 1)
-        answers = self.semantic_head(asked).unflatten(0, (2, len(on), -1))  # (2, R, N, 4)
+        answers = self.semantic_head(asked).unflatten(0, (2, *labels[on].shape))  # (2, R, N, 4)
 
         out = dict(bad=~tokens[: 2 * B].detach().float().sum((1, 2)).view(2, B).isfinite().all(0))
         with no_autocast(both):
