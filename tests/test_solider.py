@@ -225,17 +225,21 @@ def test_switches_of_the_step():
 
 
 def test_a_tiny_set_is_learned():
-    model = tiny_solider(drop_path=0.0, tau_teacher=0.07).float()
+    """Both losses fall far towards what they can be: the targets' entropy, and nothing missed."""
+    torch.manual_seed(4)
+    fixed = dict(drop_path=0.0, centre_momentum=1.0)  # neither teacher nor centre moves
+    model = solider.Solider(config(**fixed, tau_teacher=0.02, head_hidden=64))
     images, local, semantic, _ = [x.float() if torch.is_tensor(x) else x for x in step_data()]
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 2e-3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 1e-3)
     history = []
-    for step in range(60):
+    for step in range(43):
         out = model(images, local, semantic, 1 + step % 3)
         optimizer.zero_grad()
         out["total"].backward()
         optimizer.step()
-        history.append((float(out["dino"] - out["health"]["teacher_entropy"]), out["semantic"]))
-    assert history[-1][0] < 0.5 * history[0][0] and history[-1][1] < 0.75 * history[0][1]
+        missing = out["dino"] - out["health"]["teacher_entropy"]
+        history.append((float(missing.detach()), float(out["semantic"].detach())))
+    assert history[-1][0] < 0.4 * history[0][0] and history[-1][1] < 0.6 * history[0][1]
     assert out["health"]["right"] > 0.9
 
 
