@@ -182,7 +182,7 @@ def test_kill_and_resume_is_bitwise(run, tmp_path):
     path, plain = run
     command = arguments(path, tmp_path / "run")
     log = tmp_path / "run/log.jsonl"
-    assert kill_after("baselines/solider.py", *command, lines=3, log=log)
+    assert kill_after("baselines/solider.py", *command, lines=3, log=log, timeout=300)
     assert not (tmp_path / "run/done").exists()
     done = run_script("baselines/solider.py", *command)
     assert done.returncode == 0, done.stderr
