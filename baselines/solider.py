@@ -92,6 +92,8 @@ KEYS = dict(
                         high=1),
     teacher_momentum=Key(0.996, "at the start, 1 at the end, on a cosine", "[DINO]", low=0, high=1),
     semantic_loss=Key(1.0, "weight of L_sm", "[SOLIDER]", low=0),
+    foreground=Key(0.5, "crops with a larger share of it have part labels", "[SOLIDER]", low=0,
+                   high=1),
     frozen_semantic_head=Key(False, "leave the semantic head as it starts", "ours; [SOLIDER] true"),
     # optimiser
     epochs=Key(100, "passes over the data", "[SOLIDER]", low=1),
@@ -126,9 +128,9 @@ def main():
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     model.to(ranks.device)
-    groups = common.parameter_groups(model, cfg.weight_decay)
+    groups = common.parameter_groups(model, 1.0)  # 1 or 0: does it decay?
     for group in groups:
-        group["decays"] = group["weight_decay"] > 0
+        group["decays"] = group["weight_decay"]
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     first = common.resume(Path(cfg.out) / "last.pt", model, optimizer)["step"]
     epoch = batches.steps_per_epoch
@@ -146,7 +148,7 @@ def main():
         common.set_learning_rate(optimizer, lr)
         for group in optimizer.param_groups:
             decay = cosine_between(step, total, cfg.weight_decay, cfg.weight_decay_end)
-            group["weight_decay"] = decay if group["decays"] else 0.0
+            group["weight_decay"] = decay * group["decays"]
         # Crop after crop: (g, B, 3, H, W) and (l, B, 3, local height, width).
         images = normalized_crops(sample["image"], ranks.device)
         small = normalized_crops(sample["local"], ranks.device) if cfg.local_crops else None
@@ -173,7 +175,7 @@ def main():
 
     log.close()
     if ranks.rank == 0:
-        log.say(show_parts(model.teacher.encoder, dataset, cfg.seed, Path(cfg.out)))
+        log.say(show_parts(model.teacher.encoder, dataset, cfg.seed, cfg.foreground, Path(cfg.out)))
         draw_curves([cfg.out], Path(cfg.out) / "curves.png")
         (Path(cfg.out) / "done").touch()
     log.say(f"wrote {cfg.out}/encoder.safetensors, semantics.png, labels.png, curves.png")
@@ -243,7 +245,7 @@ class Solider(nn.Module):
             tokens = teacher.encoder(
                 both, final_norm=False, semantic_weight=torch.ones_like(weight)
             )
-            labels, kept = part_labels(tokens[:, S:], teacher.encoder.grid)
+            labels, kept = part_labels(tokens[:, S:], teacher.encoder.grid, cfg.foreground)
             # 2. The teacher at the picture's own λ → DINO's targets.
             cls = teacher.encoder.norm(tokens[:, 0])
             if len(off):
