@@ -176,7 +176,7 @@ def main():
 def build_model(cfg, people=None):
     """→ (model, a sentence). With weights=, model and input size come from that file."""
     meta, sentence = take_settings(cfg, "finetune_reid.py", "people", "token", "bnneck")
-    encoder, about = build_encoder(cfg, reads_pose(cfg.token), cfg.drop_path)
+    encoder, about = build_encoder(cfg, reads_pose(cfg.token), cfg.drop_path, 0.2)
     people = int(meta["people"]) if meta else people
     model = ReID(encoder, cfg.token, people, cfg.bnneck)
     if meta:

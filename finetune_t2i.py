@@ -240,7 +240,7 @@ def build_model(cfg, train_split, device):
     """
     own = ("token", "project", "text", "max_tokens")
     m, about = take_settings(cfg, "finetune_t2i.py", "vocabulary", *own)
-    encoder, sentence = build_encoder(cfg, reads_pose(cfg.token), cfg.drop_path)
+    encoder, sentence = build_encoder(cfg, reads_pose(cfg.token), cfg.drop_path, 0.2)
     if cfg.text == "bert":
         text, kind = Bert(*read_bert(cfg.bert), device), f"frozen {cfg.bert}"
         if m and text.width != int(m["bert_width"]):

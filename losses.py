@@ -146,6 +146,20 @@ def patchify(images, patch_size):
     return x.permute(0, 2, 4, 3, 5, 1).reshape(B, H // p * (W // p), p * p * C)
 
 
+def split_mask(mask, n_visible):
+    """mask (B, N), True = masked → ids of visible (B, V) and masked (B, N − V), in grid order."""
+    order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # 0, visible, comes first
+    return order[:, :n_visible], order[:, n_visible:]
+
+
+def take_patches(patches, ids):
+    """patches (B, N, C), ids (v·B, V) long → (v·B, V, C); row r takes from picture r mod B."""
+    (B, N, C), rows = patches.shape, len(ids)
+    picture = torch.arange(rows, device=ids.device).remainder(B)
+    place = (picture[:, None] * N + ids).flatten()
+    return patches.view(-1, C).index_select(0, place).view(rows, -1, C)
+
+
 def unpatchify(patches, grid, patch_size):
     """(B, N, p·p·3) and grid (h, w) → (B, 3, h·p, w·p). The inverse of patchify."""
     (B, _, C), (h, w), p = patches.shape, grid, patch_size

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 
 import losses
-from losses import GlobalBatchNorm, full_precision, no_autocast, patchify
+from losses import GlobalBatchNorm, full_precision, no_autocast, patchify, split_mask, take_patches
 
 EPS = 1e-6  # of LayerNorm [MAE]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # [MAE] [HAP]
@@ -99,6 +99,7 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
         self.mlp = Mlp(width)
+        self.controller = None  # SOLIDER's stands behind three of the blocks
 
     def forward(self, x, keep=None):
         if keep is None:
@@ -115,6 +116,22 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+class Controller(nn.Module):
+    """[SOLIDER] x · softplus(W [λ, 1 − λ] + b) + V [λ, 1 − λ] + d, on all tokens of a picture."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.scale, self.shift = nn.Linear(2, width), nn.Linear(2, width)
+        for layer in (self.scale, self.shift):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x, semantic_weight):
+        """x (B, T, D), semantic_weight λ (B,): 0 appearance … 1 semantics → (B, T, D)."""
+        pair = torch.stack([semantic_weight, 1 - semantic_weight], dim=1)[:, None]  # (B, 1, 2)
+        return x * F.softplus(self.scale(pair)) + self.shift(pair)
+
+
 def run_block(block, x, option, recompute):
     """block(x, option). recompute: keep x alone and compute the rest again in the backward pass."""
     if recompute and torch.is_grad_enabled():
@@ -129,24 +146,6 @@ def initialize(module):
         nn.init.zeros_(module.bias)
 
 
-def take_patches(patches, ids):
-    """patches (B, N, C), ids (v·B, V) long → (v·B, V, C); row r takes from picture r mod B."""
-    (B, N, C), rows = patches.shape, len(ids)
-    picture = torch.arange(rows, device=ids.device).remainder(B)
-    place = (picture[:, None] * N + ids).flatten()
-    return patches.view(-1, C).index_select(0, place).view(rows, -1, C)
-
-
-class PatchEmbed(nn.Module):
-    """Holds the patch projection under its published name and shape (D, 3, p, p)."""
-
-    def __init__(self, width, patch_size):
-        super().__init__()
-        self.proj = nn.Conv2d(3, width, patch_size, patch_size)
-        nn.init.xavier_uniform_(self.proj.weight.data.flatten(1))  # [MAE]: as a linear layer
-        nn.init.zeros_(self.proj.bias)
-
-
 # ------------------------------------------------------------------------------------------ encoder
 
 
@@ -157,11 +156,12 @@ class ViT(nn.Module):
     patches, special tokens have position zero; fixed in pre-training, trainable downstream.
     drop_path: rate of the last block, rising linearly from 0 over the depth; acts only with noise.
     checkpoint_activations: recompute blocks in the backward pass, a third slower, far less memory.
+    controller: SOLIDER's, after ¼, ½ and ¾ of the depth; semantic_weight: its λ, None without it.
     """
 
     def __init__(
         self, width, depth, heads, image_size, patch_size, pose_token=True, drop_path=0.0,
-        trainable_positions=False, checkpoint_activations=False,
+        trainable_positions=False, checkpoint_activations=False, controller=False,
     ):  # fmt: skip
         super().__init__()
         if image_size[0] % patch_size or image_size[1] % patch_size:
@@ -173,15 +173,20 @@ class ViT(nn.Module):
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.n_special = 2 if pose_token else 1
         self.checkpoint_activations = checkpoint_activations
-        self.patch_embed = PatchEmbed(width, patch_size)
+        self.patch_embed = nn.Module()  # patch_embed.proj: its published name
+        self.patch_embed.proj = nn.Conv2d(3, width, patch_size, patch_size)
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # [MAE]: as linear
+        nn.init.zeros_(self.patch_embed.proj.bias)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)  # N(0, .02) [MAE]
         # paper silent on [POSE]'s start: N(0, .02) like [CLS], zero position
         self.pose_token = nn.Parameter(torch.randn(1, 1, width) * 0.02) if pose_token else None
-        positions = sincos_positions(self.grid, width)
-        self.pos_embed = nn.Parameter(positions, requires_grad=trainable_positions)
+        self.pos_embed = nn.Parameter(sincos_positions(self.grid, width), trainable_positions)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.blocks.apply(initialize)
+        self.semantic_weight = 1.0 if controller else None  # 1 [SOLIDER] until somebody sets it
+        for quarter in (1, 2, 3) if controller else ():
+            self.blocks[depth * quarter // 4 - 1].controller = Controller(width)
         rates = torch.linspace(0, drop_path, depth).repeat_interleave(2)  # one per branch
         self.register_buffer("drop_rates", rates[:, None], persistent=False)
 
@@ -193,18 +198,17 @@ class ViT(nn.Module):
         # A convolution of stride p is a matrix product over the pixels of a patch.
         weight = self.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
         x = F.linear(patches, weight, self.patch_embed.proj.bias) + position  # (v·B, V, D)
-        special = [self.cls_token]
-        if self.pose_token is not None:  # [POSE] stands behind [CLS]
-            special.append(self.pose_token)
+        special = [self.cls_token, self.pose_token][: self.n_special]  # [POSE] behind [CLS]
         return torch.cat([*(token.expand(len(x), -1, -1) for token in special), x], dim=1)
 
-    def forward(self, images, visible=None, drop_noise=None, final_norm=True):
+    def forward(self, images, visible=None, drop_noise=None, final_norm=True, semantic_weight=None):
         """Tokens (v·B, S + V, D): [CLS], [POSE] (if any), then the visible patches as given.
 
         images (B, 3, H, W) float, ImageNet-normalised. visible (B, V) or, for v views at once,
         (v·B, V) long patch ids, view after view; None = all N patches in order, one view.
         drop_noise (2·depth, B) uniform [0, 1) for drop path, drawn by the caller for the global
-        batch; None = off. final_norm=False: the last block's tokens as they are.
+        batch; None = off. final_norm=False: the last block's tokens as they are. semantic_weight
+        (v·B,) λ of each row; None: the encoder's own.
         """
         if tuple(images.shape[-2:]) != self.image_size:
             given = tuple(images.shape[-2:])
@@ -214,8 +218,12 @@ class ViT(nn.Module):
         if drop_noise is not None:  # a branch is dropped with its rate, kept ones are scaled up
             kept = (drop_noise >= self.drop_rates) / (1 - self.drop_rates)
             keep = kept.view(self.depth, 2, -1, 1, 1).unbind(0)
+        if semantic_weight is None and self.semantic_weight is not None:
+            semantic_weight = x.new_full((len(x),), self.semantic_weight)
         for block, k in zip(self.blocks, keep):
             x = run_block(block, x, k, self.checkpoint_activations)
+            if block.controller is not None:
+                x = block.controller(x, semantic_weight)
         return self.norm(x) if final_norm else x
 
 
@@ -229,12 +237,14 @@ def load_encoder(path):
         state = {name: file.get_tensor(name) for name in file.keys()}
     width, depth, heads, p = (int(meta[name]) for name in ("width", "depth", "heads", "patch_size"))
     size = int(meta["height"]), int(meta["width_px"])
-    vit = ViT(width, depth, heads, size, p, pose_token=meta["pose_token"] == "True")
+    pose_token, controller = meta["pose_token"] == "True", "semantic_weight" in meta
+    vit = ViT(width, depth, heads, size, p, pose_token, controller=controller)
+    vit.semantic_weight = float(meta["semantic_weight"]) if controller else None
     vit.load_state_dict(state)
     return vit.eval()
 
 
-# ---------------------------------------------------------------------------- decoder and projector
+# ------------------------------------------------------------------ decoder, projector and GenPoCCL
 
 
 class Decoder(nn.Module):
@@ -276,15 +286,8 @@ class Decoder(nn.Module):
         for block in self.blocks[:-1]:
             x = run_block(block, x, None, self.checkpoint_activations)
         # Only masked patches are predicted, which saves 5.6 % of a tiny model's step.
-        final = self.blocks[-1].last_tokens
-        x = run_block(final, x, masked.shape[1], self.checkpoint_activations)
+        x = run_block(self.blocks[-1].last_tokens, x, masked.shape[1], self.checkpoint_activations)
         return self.head(self.norm(x))
-
-
-def split_mask(mask, n_visible):
-    """mask (B, N), True = masked → ids of visible (B, V) and masked (B, N − V), in grid order."""
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True)  # 0, visible, comes first
-    return order[:, :n_visible], order[:, n_visible:]
 
 
 class Projector(nn.Module):
@@ -306,9 +309,6 @@ class Projector(nn.Module):
 
     def forward(self, x):
         return self.layers(x)
-
-
-# ----------------------------------------------------------------------------------------- GenPoCCL
 
 
 class GenPoCCL(nn.Module):

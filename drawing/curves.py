@@ -73,6 +73,9 @@ def marks(rows, config):
 
     → {key: {label: value}}. Those of fine-tuning depend on data that its config does not tell.
     """
+    if "out_dim" in config:  # SOLIDER
+        K = config["out_dim"]
+        return {"dino": {f"knows nothing: ln {K} = {math.log(K):.2f}": math.log(K)}}
     if "gamma_mp" not in config:
         return {}
     B, P, start = config["batch"], config["pictures_per_pose"], "knows nothing: "

@@ -27,7 +27,9 @@ ENCODER = dict(
     patch=Key(16, "patch side in px, where encoder= does not say it", "[MAE]", low=1),
     pose_token=Key(True, "[POSE] from scratch, and on others' weights if it is read", "[paper]"),
     checkpoint_activations=Key(False, "recompute activations: less memory", may_change=True),
-)
+    semantic_weight=Key(-1.0, "λ of SOLIDER's controller, 0 looks … 1 semantics; -1: as the task",
+                        "[SOLIDER] .2 ReID, .8 attributes, pose; ours .2 text", low=-1, high=1),
+)  # fmt: skip
 
 TORCHVISION = [  # torchvision's vit_* names → ours
     (r"^class_token$", "cls_token"),
@@ -113,7 +115,7 @@ def checked_weights(vit, state, path, grid):
             need = tuple(own[name].shape)
             raise UserError(f"{path}: {name} has shape {tuple(value.shape)}, this model {need}")
     missing = [name for name in own if name not in found]
-    lost = [name for name in missing if name != "pose_token"]
+    lost = [name for name in missing if name != "pose_token" and ".controller." not in name]
     if lost:
         more = f" (and {len(lost) - 1} more)"
         raise UserError(f"{path}: {lost[0]} is missing{more}; the file is not a whole encoder")
@@ -198,12 +200,14 @@ def resized_positions(positions, grid, source_grid, path):
 # --------------------------------------------------------------------------- encoders of the stages
 
 
-def build_encoder(cfg, reads_pose, drop_path=0.0):
+def build_encoder(cfg, reads_pose, drop_path=0.0, semantic_weight=0.8):
     """The encoder of a fine-tuning stage, as its keys say. → (ViT, one sentence about it)
 
     A file of ours knows its own size, patch and tokens; MAE, HAP, timm or torchvision weights are
     of cfg's size and patch; without a file the weights are random, from torch's own generator.
     Others' weights hold no [POSE]: one is added, untrained, if the stage `reads_pose`.
+    An encoder of SOLIDER brings its controller; its λ is cfg's, else that of weights=, else the
+    stage's own `semantic_weight`.
     With weights= the caller loads the fine-tuned ones (see take_settings). Positions are resized
     bicubically. Raises UserError for a file that does not fit.
     """
@@ -227,8 +231,17 @@ def build_encoder(cfg, reads_pose, drop_path=0.0):
     shape = s["width"], s["depth"], s["heads"], sides, patch, pose_token, drop_path, True
     with torch.device("meta"):  # counted before it is claimed
         check_memory(ViT(*shape), 0, torch.device("cpu"))
-    vit = ViT(*shape, checkpoint_activations=cfg.checkpoint_activations)
+    told = encoder_meta(cfg.weights or path)
+    controller = "semantic_weight" in told
+    vit = ViT(*shape, checkpoint_activations=cfg.checkpoint_activations, controller=controller)
     about = f"{size}, {patch} px patches, [CLS]{' and [POSE]' if pose_token else ''}"
+    if cfg.semantic_weight >= 0 and not controller:
+        what = f"semantic_weight={cfg.semantic_weight:g}: {cfg.weights or path or 'a new encoder'}"
+        raise UserError(f"{what} has no controller (baselines/solider.py trains one); leave it out")
+    if controller:
+        own = float(told["semantic_weight"]) if cfg.weights else semantic_weight
+        vit.semantic_weight = cfg.semantic_weight if cfg.semantic_weight >= 0 else own
+        about += f", controller at λ = {vit.semantic_weight:g}"
     if path is None:
         return vit, f"encoder from scratch ({about})"
     return vit, f"encoder {path} ({about}): {load_into(vit, path, state)}"
@@ -277,6 +290,7 @@ def encoder_meta(path):
         if meta:
             numbers = [int(meta[name]) for name in ("height", "width_px", "patch_size")]
             known = meta["size"] in SIZES and meta["pose_token"] in ("True", "False")
+            known = known and 0 <= float(meta.get("semantic_weight", 0)) <= 1
             if not known or min(numbers) < 1:
                 raise ValueError("its size, tokens or sides are not as this project writes them")
     return meta
@@ -288,7 +302,10 @@ def meta_of(encoder):
     size = next(name for name, s in SIZES.items() if shape.items() <= s.items())
     (H, W), p = encoder.image_size, encoder.patch_size
     token = encoder.pose_token is not None
-    return dict(size=size, **shape, height=H, width_px=W, patch_size=p, pose_token=token)
+    meta = dict(size=size, **shape, height=H, width_px=W, patch_size=p, pose_token=token)
+    if encoder.semantic_weight is not None:  # it has SOLIDER's controller
+        meta["semantic_weight"] = encoder.semantic_weight
+    return meta
 
 
 def training_of(cfg, keys, steps):
