@@ -20,6 +20,9 @@ Deviates
   out belly-neck and nose-head.
 - The overlap is sampled exactly with grid_sample; the release rounds it to whole cells. Pictures
   whose crops do not meet are left out; the release counts them with logits of zero.
+- The lifted skeleton is centred and scaled as the real ones are (unit=false: left free, as in the
+  release, whose lines for it are commented out). Free, it grew until the discriminator's squares
+  overflowed: with SGD at .03 on random features after 30 steps.
 - No weight decay on 1-D parameters and tokens; the rate falls with every step, not every epoch.
 - Queues: as Queue of parts.py. Nothing is shuffled between ranks: a ViT has no batch norm.
 
@@ -77,6 +80,8 @@ KEYS = dict(out=Key("runs/liftedcl", "run folder")) | DATA | dict(
     weight_inv=Key(0.5, "weight of L_inv", "[LiftedCL]", low=0),
     weight_var=Key(0.5, "weight of L_var", "[LiftedCL]", low=0),
     weight_adv=Key(0.5, "weight of L_adv", "[LiftedCL]", low=0),
+    unit=Key(True, "a lifted skeleton has its root at 0 and norm 1, as the real ones have",
+             "ours; [LiftedCL] leaves it free"),
     bodies=Key(20000, "3-D bodies that the discriminator is shown", low=1),
     bone_spread=Key(0.05, "standard deviation of a bone's length, as a share of it", low=0),
     optimizer=Key("sgd", "of the encoder: sgd, or adamw, which small ViTs need",
@@ -221,7 +226,7 @@ class Student(nn.Module):
     def __init__(self, encoder, cfg):
         super().__init__()
         D, heads = encoder.width, (cfg.hidden, cfg.dim)
-        self.encoder, self.pooled = encoder, cfg.pooled
+        self.encoder, self.pooled, self.unit = encoder, cfg.pooled, cfg.unit
         self.head_inv = nn.Sequential(nn.Linear(D, heads[0]), nn.ReLU(), nn.Linear(*heads))
         # The release's two 1 × 1 convolutions are linear layers at every patch.
         self.head_var = nn.Sequential(nn.Linear(D, heads[0]), nn.ReLU(), nn.Linear(*heads))
@@ -235,6 +240,7 @@ class Student(nn.Module):
         maps = self.head_var(patches).transpose(1, 2).unflatten(2, self.encoder.grid)
         with no_autocast(pooled):  # bf16 would round a joint to three digits
             skeletons = self.lifter(*full_precision(pooled)).unflatten(1, (len(JOINTS), 3))
+            skeletons = bodies.unit(skeletons) if self.unit else skeletons
         return self.head_inv(pooled), maps, skeletons
 
 
