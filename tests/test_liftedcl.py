@@ -19,14 +19,12 @@ from test_data import write_set
 import common
 import puppet
 from baselines import bodies, liftedcl
-from formats.weights import load_into
-from model import SIZES, ViT, load_encoder
 from plumbing.config import read_config
 from plumbing.errors import UserError
 from puppet import body
 
 SCRIPT = "baselines/liftedcl.py"
-SMALL = "size=tiny height=64 width=32 patch=8 batch=8 hidden=32 dim=16 queue=20 bodies=64"
+SMALL = "size=tiny height=64 width=32 patch=16 batch=8 hidden=32 dim=16 queue=20 bodies=64"
 SMALL = [*SMALL.split(), "people=8", "device=cpu", "precision=fp32", "workers=0"]
 
 
@@ -345,26 +343,25 @@ def test_the_checkpoint_holds_all_that_a_step_reads(plain):
     )
 
 
-def test_the_encoder_is_one_for_the_other_scripts(plain, tmp_path):
-    encoder = load_encoder(plain / "encoder.safetensors")
-    s = SIZES["tiny"]
-    other = ViT(s["width"], s["depth"], s["heads"], (64, 32), 8)
-    load_into(other, plain / "encoder.safetensors")
-    assert torch.equal(other.blocks[3].mlp.fc1.weight, encoder.blocks[3].mlp.fc1.weight)
+def test_the_encoder_trains_on_in_the_pose_stage(plain, pictures, tmp_path):
+    keys = f"encoder={plain}/encoder.safetensors out={tmp_path}/pose height=64 width=32 epochs=1"
+    keys += f" train_annotations={pictures} val_annotations={pictures} limit=8 batch=8 workers=0"
+    done = run_script("finetune_pose.py", *keys.split(), "device=cpu")
+    assert done.returncode == 0, done.stderr
+    assert "encoder.safetensors" in done.stdout + done.stderr
+    assert len(rows(tmp_path / "pose")) >= 1
 
 
 def test_it_overfits_a_few_pictures(tmp_path, monkeypatch):
-    """Eight pictures again and again. The queue holds their last keys, each picture's own too, so
-    that ln 2 is about the least."""
+    """Eight pictures again and again, whose last keys fill the queue: chance is ln 9 for both."""
     few = write_set(tmp_path, n_poses=8, per_pose=1)
-    more = ["epochs=60", "optimizer=adamw", "lr=5.0e-4", "warmup_epochs=5", "lr_d=0.01", "ema=0.5"]
-    more += ["queue=8", "save_every=100", "tau=0.1"]
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments(few, tmp_path / "run", *more)])
+    more = "epochs=110 warmup_epochs=10 optimizer=adamw lr=5.0e-4 lr_d=0.003 ema=0.9 queue=8"
+    more += " crop_min=0.8 save_every=1000"
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments(few, tmp_path / "run", *more.split())])
     liftedcl.main()
     log = rows(tmp_path / "run")
-    last = {name: np.mean([row[name] for row in log[-9:-1]]) for name in ("inv", "var")}
-    print(last)
-    assert last["inv"] < 0.6 * math.log(9) and last["var"] < 0.8 * math.log(9)
+    last = {name: np.mean([row[name] for row in log[-21:-1]]) for name in ("inv", "var")}
+    assert last["inv"] < 0.8 * math.log(9) and last["var"] < 0.6 * math.log(9)
 
 
 @pytest.mark.parametrize(
