@@ -108,7 +108,7 @@ def draw_person(cfg, person):
 
 
 def sightings(seed, jobs):
-    """Of pictures (person, camera, k): what they are drawn from → Poses, Identities, Scenes, seeds."""
+    """Pictures (person, camera, k) → what they are drawn from: Poses, Identities, Scenes, seeds."""
     seeds = [seed_of(PICTURE, seed, *job) for job in jobs]
     persons = sorted({person for person, _, _ in jobs})
     looks = dict(zip(persons, sample_identities(seed, persons).people))
