@@ -98,10 +98,9 @@ KEYS = dict(
             high=1),
     min_samples=Key(4, "of DBSCAN", "[GCL]", low=1),
     # schedule
-    frozen_epochs=Key(40, "stage 2: E_id frozen", "[GCL]", low=0),
+    frozen_epochs=Key(40, "stage 2: E_id frozen", "[GCL]", low=1),
     joint_epochs=Key(20, "stage 3", "[GCL]", low=1),
-    epoch_steps=Key(0, "steps of an epoch; 0: as many as the training pictures fill", "[GCL]",
-                    low=0),
+    epoch_steps=Key(0, "steps of an epoch; 0: as many as the training pictures fill", low=0),
     batch=Key(16, "pictures of a step", "[GCL]", low=2),
     lr=Key(1.0e-4, "of Adam(0, .999) for E_str, G and for D", "[GCL]", low=0),
     lr_id=Key(3.5e-4, "of SGD (Nesterov, .9) for E_id; a tenth from lr_drop on", "[GCL]", low=0),
@@ -156,8 +155,6 @@ def main():
         report.setdefault("clusters", []).append(figures)
         log.write(step=step, epoch=step // S, **figures)
 
-    if first == 0 and cfg.frozen_epochs == 0:
-        prepare(0)
     for epoch in range(first // S, total // S):
         joint = epoch >= cfg.frozen_epochs
         rows = np.flatnonzero(model.labels.cpu() >= 0) if joint else np.arange(len(dataset))
@@ -174,7 +171,7 @@ def main():
             turned = sample["turned"].to(ranks.device, non_blocking=True) / 127.5 - 1
             index = sample["index"].to(ranks.device)
 
-            # x → x' → x'': the person as she stands, turned, and turned back.
+            # x → x' → x'': a person is redrawn, turned, and turned back.
             with common.autocast(ranks.device, cfg.precision):
                 s, s_nv = model.e_str(body), model.e_str(turned)
                 a, f = model.e_id(x)

@@ -261,7 +261,7 @@ class Guides:
         return np.array(picture.resize(self.size[::-1], Image.Resampling.BICUBIC))
 
     def truth(self, row, degrees):
-        """The rendered person as she really looks when turned → uint8 (3, H, W)."""
+        """What a rendered person really looks like when turned → uint8 (3, H, W)."""
         people, scenes, size = self.looks
         one = Identities([people.people[row]]), Scenes([scenes.scenes[row]])
         image = render(turned(take(self.poses, [row]), degrees), *one, size)["image"][0]
@@ -377,7 +377,8 @@ def ssim(a, b):
     ma, mb, c1, c2 = blur(a), blur(b), (0.01 * 255) ** 2, (0.03 * 255) ** 2
     va, vb, both = blur(a * a) - ma * ma, blur(b * b) - mb * mb, blur(a * b) - ma * mb
     alike = (2 * ma * mb + c1) * (2 * both + c2)
-    return float((alike / ((ma * ma + mb * mb + c1) * (va + vb + c2))).mean())
+    alike = alike / ((ma * ma + mb * mb + c1) * (va + vb + c2))
+    return float(alike[:, 5:-5, 5:-5].mean())  # where the window lies within the picture
 
 
 def draw_sheet(model, views, device, path, number=5):
