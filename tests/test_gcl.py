@@ -237,7 +237,8 @@ def test_kill_and_resume_is_bitwise_across_the_stages(given, plain, tmp_path, li
     """Five lines: two steps, figures before the joint stage, its labels, and its first step."""
     out = tmp_path / "run"
     command = arguments(given, out)
-    assert kill_after("baselines/gcl.py", *command, lines=lines, log=out / "log.jsonl")
+    log = out / "log.jsonl"
+    assert kill_after("baselines/gcl.py", *command, lines=lines, log=log, timeout=400)
     assert not (out / "done").exists()
     done = run_script("baselines/gcl.py", *command)
     assert done.returncode == 0, done.stderr

@@ -1,5 +1,4 @@
-"""What GCL stands on: bodies turned about the vertical, guides from three sources, networks, and the
-scores of novel views."""
+"""What GCL stands on: turned bodies, guides of three sources, networks, scores of views."""
 
 import json
 from types import SimpleNamespace
