@@ -12,9 +12,11 @@ Stages: (1) a pre-trained E_id, init=; (2) E_id frozen, no L_mem; (3) jointly, e
 pseudo-labels: DBSCAN on k-reciprocal distances of the memory M.
 
 Kept: all terms, weights, networks, optimisers, memory and clustering. Deviations:
-  E_id is this project's ViT, pre-trained without labels, in place of a ResNet-50 of JVTC. Stripes
-    and embedding come from its patch tokens. Its linear layer and batch norm begin random and with
-    the statistics of the training set, for stage 1 has none; JVTC's are trained.
+  E_id is this project's ViT in place of a ResNet-50 of JVTC: any encoder, of pretrain.py without a
+    label, or fine-tuned on labelled other people (the paper's domain adaptation; so in the demo, on
+    a generated set, because pretrain.py's tokens tell poses, not people). Stripes and embedding
+    come from patch tokens. Its linear layer and batch norm begin random and with the statistics
+    of the training set; JVTC's are trained.
   The guide is a body of capsules, not a mesh (which wants a body model under licence): from the
     known 3-D joints of the puppet's people, or lifted from 2-D joints, or your own renders.
   All seven turns are drawn; the release's range ends before 315°.
@@ -75,7 +77,7 @@ KEYS = dict(
     height=Key(256, "picture height", "[GCL]", low=32),
     width=Key(128, "picture width", "[GCL]", low=32),
     # E_id and the networks
-    init=Key(None, "E_id: the encoder to start from, pre-trained without labels"),
+    init=Key(None, "E_id, stage 1: the encoder to start from"),
     size=Key("base", "its size, where init= does not say it", "[HAP]", tuple(SIZES)),
     patch=Key(16, "its patch side in px, where init= does not say it", "[MAE]", low=1),
     stripes=Key(4, "S: stripes of E_id, and residual blocks of G they drive", "[GCL]", low=1),
@@ -387,8 +389,7 @@ def check(cfg, ranks):
     if not cfg.data:
         raise UserError("data= names no folder; give the root of a ReID set in Market's layout")
     if not cfg.init:
-        why = "stage 1 of GCL is an encoder pre-trained without labels"
-        raise UserError(f"init= names no encoder: {why}; give one, e.g. of pretrain.py")
+        raise UserError("init= names no encoder, GCL's stage 1; give one, e.g. of pretrain.py")
     if cfg.height % 4 or cfg.width % 4:
         sides = f"height={cfg.height} and width={cfg.width}"
         raise UserError(f"{sides} must be multiples of 4: G doubles its maps twice")
