@@ -4,8 +4,8 @@ It stands where a pose-conditioned diffusion model stands in Stage 1: one pose, 
 and places. Read in this order: pose_set.py (the pictures of a pose, as generate.py wants them),
 figure.py (who is drawn, and the way of one picture), body.py (joints, limits, sampled poses,
 camera), lift.py (real 2-D poses made drawable), canvas.py and person.py (shapes, and what they are
-made of), scene.py (places, and a camera's faults), people_set.py (people seen by several cameras,
-in the layout of the ReID, attribute and caption sets).
+made of), scene.py (places, and a camera's faults), guide.py (the bare body), people_set.py (people
+seen by several cameras, in the layout of the ReID, attribute and caption sets).
 """
 
 from puppet import people_set, pose_set

@@ -51,6 +51,7 @@ class Poses(NamedTuple):
     aspect pads it.
     given (B, 17) bool: joints that were given or sampled (False = completed by us).
     ok (B,) bool: drawable. angles (B, A): degrees in the order of LIMITS, NaN for real poses.
+    down (B, 3): where the world's down points (real poses: that of an upright camera).
     """
 
     points: np.ndarray
@@ -61,6 +62,7 @@ class Poses(NamedTuple):
     given: np.ndarray
     ok: np.ndarray
     angles: np.ndarray
+    down: np.ndarray
 
 
 def take(poses, rows):
@@ -204,7 +206,27 @@ def sample_poses(seed, pose_ids):
     size = (high - low) * fill[:, None]
     window = np.concatenate([(low + high) / 2 + shift * (size - (high - low)) / 2, size], 1)
     given, ok = np.ones((B, 17), bool), np.ones(B, bool)
-    return Poses(points, head, chest, np.ones(B), window, given, ok, angles)
+    down = view[:, :, 1]  # yaw turns about it, and leaves it where it is
+    return Poses(points, head, chest, np.ones(B), window, given, ok, angles, down)
+
+
+def turned(poses, degrees):
+    """The same poses, turned in place about the vertical through the middle of the hips.
+
+    degrees: a number or (B,); added to a sampled pose's yaw. The window stays: the same picture by
+    a camera that has walked around the person.
+    """
+    # Rodrigues: R = cos·1 + sin·[u]× + (1 − cos)·u uᵀ
+    u, angle = poses.down, np.radians(np.broadcast_to(degrees, len(poses.points)))
+    c, s = np.cos(angle)[:, None, None], np.sin(angle)[:, None, None]
+    cross = np.zeros((len(u), 3, 3))
+    cross[:, 0, 1], cross[:, 0, 2], cross[:, 1, 2] = -u[:, 2], u[:, 1], -u[:, 0]
+    cross = cross - cross.swapaxes(1, 2)
+    R = c * np.eye(3) + s * cross + (1 - c) * u[:, :, None] * u[:, None, :]
+    middle = poses.points[:, [L_HIP, R_HIP]].mean(1, keepdims=True)
+    points = middle + turn(R[:, None], poses.points - middle)
+    head, chest = (turn(R[:, None], axes) for axes in (poses.head, poses.chest))
+    return poses._replace(points=points, head=head, chest=chest)
 
 
 def project(poses, size):

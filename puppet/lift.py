@@ -99,7 +99,8 @@ def poses_from_keypoints(keypoints, boxes, pad=1.15):
     columns = [np.array(column) for column in zip(*rows, strict=True)]
     points, head, chest, head_size, window, ok = columns
     angles = np.full((len(rows), len(LIMITS)), np.nan)
-    return Poses(points, head, chest, head_size, window, keypoints[..., 2] > 0, ok, angles)
+    given, down = keypoints[..., 2] > 0, np.tile((0.0, 1.0, 0.0), (len(rows), 1))
+    return Poses(points, head, chest, head_size, window, given, ok, angles, down)
 
 
 def lift(k, box, pad, distance=8.0):

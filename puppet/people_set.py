@@ -18,6 +18,7 @@ Legend: C cameras (from 1) · K pictures by each camera · H, W picture.
 
 import csv
 import json
+import re
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -83,14 +84,11 @@ def draw_chunk(cfg, persons):
 def draw_person(cfg, person):
     """→ [(picture, row)]"""
     C, K, split = cfg.cameras, cfg.pictures_per_camera, split_of(cfg, person)
-    who = sample_identities(cfg.seed, [person]).people[0]
-    jobs = [(camera, k) for camera in range(1, C + 1) for k in range(K)]
-    seeds = [seed_of(PICTURE, cfg.seed, person, camera, k) for camera, k in jobs]
-    scenes = sample_scenes(cfg.seed, seeds, camera=[camera for camera, _ in jobs])
-    people = Identities([who] * len(jobs))
-    made = render(sample_poses(cfg.seed, seeds), people, scenes, (cfg.height, cfg.width))
+    jobs = [(person, camera, k) for camera in range(1, C + 1) for k in range(K)]
+    poses, people, scenes, seeds = sightings(cfg.seed, jobs)
+    made, who = render(poses, people, scenes, (cfg.height, cfg.width)), people.people[0]
     rows = []
-    for i, ((camera, k), seed) in enumerate(zip(jobs, seeds)):
+    for i, ((_, camera, k), seed) in enumerate(zip(jobs, seeds)):
         picture = Image.fromarray(made["image"][i])
         frame = (person - 1) * K + k + 1  # a camera's running number
         folder = "bounding_box_train"
@@ -107,6 +105,22 @@ def draw_person(cfg, person):
                 name = picture_name(cfg, "bounding_box_test", bad, camera, frame, number)
                 rows.append((crop, dict(file_name=name, person=bad, camera=camera, split="test")))
     return rows
+
+
+def sightings(seed, jobs):
+    """Pictures (person, camera, k) → what they are drawn from: Poses, Identities, Scenes, seeds."""
+    seeds = [seed_of(PICTURE, seed, *job) for job in jobs]
+    persons = sorted({person for person, _, _ in jobs})
+    looks = dict(zip(persons, sample_identities(seed, persons).people))
+    scenes = sample_scenes(seed, seeds, camera=[camera for _, camera, _ in jobs])
+    people = Identities([looks[person] for person, _, _ in jobs])
+    return sample_poses(seed, seeds), people, scenes, seeds
+
+
+def job_of(name, pictures_per_camera):
+    """A person's picture, by its name → (person, camera, k) of `sightings`: picture_name undone."""
+    person, camera, frame = map(int, re.match(r"(\d+)_c(\d+)s1_(\d+)_00\.", name).groups())
+    return person, camera, frame - 1 - (person - 1) * pictures_per_camera
 
 
 def picture_name(cfg, folder, person, camera, frame, box=0):

@@ -196,15 +196,37 @@ def reranked_chunks(query, gallery, k1=20, k2=6, weight=0.3):
     columns = V[Q:].tocsc()
     for first, d in distance_chunks(query, gallery):
         for row, q in zip(d, range(first, first + len(d))):
-            # Jaccard distance = 1 − Σ min(V_q, V_g) / Σ max(V_q, V_g) = 1 − t / (2 − t)
-            span = slice(V.indptr[q], V.indptr[q + 1])
-            own = [slice(*columns.indptr[c : c + 2]) for c in V.indices[span]]
-            pairs = zip(own, V.data[span])
-            shared = np.concatenate([np.minimum(columns.data[s], v) for s, v in pairs])
-            g = np.concatenate([columns.indices[s] for s in own])
-            t = np.bincount(g, shared, minlength=len(gallery))
-            row[:] = (1 - weight) * (1 - t / (2 - t)) + weight * row / farthest[q]
+            row[:] = (1 - weight) * jaccard_row(V, columns, q) + weight * row / farthest[q]
         yield first, d
+
+
+def jaccard_distances(z, k1, k2):
+    """k-reciprocal Jaccard distances [Zhong 2017] among (N, D) of length 1 → (N, N) float32, 0 … 1.
+
+    Those of re-ranking at λ = 0, of every picture to every other, for clustering.
+    """
+    z = as_float32(z)
+    k1, k2 = min(k1, len(z) - 1), min(k2, len(z))
+    near, farthest = neighbours(z, k1 + 1)
+    V = expanded(reciprocal_vectors(z, near, farthest, k1), near[:, :k2])
+    columns, d = V.tocsc(), np.empty((len(z), len(z)), np.float32)
+    for q in range(len(z)):
+        d[q] = jaccard_row(V, columns, q)
+    return d.clip(0, 1)  # rounding
+
+
+def jaccard_row(V, columns, q):
+    """Jaccard distances (G,) of row q of V (N, N) to the G rows of V that `columns` (CSC) holds.
+
+    1 − Σ min(V_q, V_g) / Σ max(V_q, V_g) = 1 − t / (2 − t), for rows sum to 1
+    """
+    span = slice(V.indptr[q], V.indptr[q + 1])
+    own = [slice(*columns.indptr[c : c + 2]) for c in V.indices[span]]
+    pairs = zip(own, V.data[span])
+    shared = np.concatenate([np.minimum(columns.data[s], v) for s, v in pairs])
+    g = np.concatenate([columns.indices[s] for s in own])
+    t = np.bincount(g, shared, minlength=columns.shape[0])
+    return 1 - t / (2 - t)
 
 
 def neighbours(z, k):
