@@ -27,7 +27,6 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from plumbing import errors
-from plumbing.config import read_yaml
 from plumbing.errors import Stopped, UserError, run_stage
 from plumbing.files import (
     load_checkpoint,
@@ -40,6 +39,7 @@ from plumbing.files import (
 )
 from plumbing.loading import EpochBatches, StepSampler, training_loader
 from plumbing.process import check_memory, end_with_parent, lock
+from plumbing.runs import earlier_run, finish_run, look_into, record_end, record_start
 from plumbing.seeds import (
     DROP_PATH,
     MASK,
@@ -226,6 +226,8 @@ def open_run(cfg, keys, ranks):
             write_atomic(out / "config.yaml", lambda part: part.write_text(text))
         if state == "finished":
             print(f"{out} is finished already")
+        else:
+            record_start(out, ranks)
     if ranks.world > 1:
         states = [state]
         dist.broadcast_object_list(states, 0)
@@ -234,32 +236,18 @@ def open_run(cfg, keys, ranks):
     return state
 
 
-def look_into(cfg, keys):
-    """What open_run says of the folder as it is now; UserError where it is not this run's."""
-    if not cfg.out:
-        raise UserError("out= is empty; name a run folder")
-    out = Path(cfg.out)
-    if (out / "config.yaml").exists():
-        old = read_yaml(out / "config.yaml")
-        differs = []
-        for name, key in keys.items():
-            if not key.may_change and old.get(name) != getattr(cfg, name):
-                differs.append(f"{name} {old.get(name)!r} -> {getattr(cfg, name)!r}")
-        if differs:
-            what = "; ".join(differs)
-            raise UserError(f"{out} holds a run with another config ({what}); choose another out=")
-        return "finished" if (out / "done").exists() else "resume"
-    if out.exists() and (not out.is_dir() or any(file.suffix != ".part" for file in out.iterdir())):
-        raise UserError(f"{out} exists and is not a run of this project; choose another out=")
-    return "new"
+def resume(path, model, optimizer, earlier=None):
+    """Load last.pt, if there is one yet, into model and optimiser. → the rest of it, as `step`.
 
-
-def resume(path, model, optimizer):
-    """Load last.pt, if there is one yet, into model and optimiser. → the rest of it, as `step`."""
-    if not Path(path).exists():
+    earlier: of earlier_run, the checkpoint to go on with where there is no last.pt yet.
+    """
+    kind = "this run's checkpoint; delete it to begin the run anew"
+    if earlier:
+        path, kind = earlier, "a finished run's checkpoint"
+    elif not Path(path).exists():
         return {"step": 0}
     state = load_checkpoint(path)
-    with errors.reading(path, "this run's checkpoint; delete it to begin the run anew"):
+    with errors.reading(path, kind):
         load_weights(model, state.pop("model"), path)
         optimizer.load_state_dict(state.pop("optimizer"))
         state["step"] = int(state["step"])
@@ -280,6 +268,7 @@ class StepLog:
     def __init__(self, cfg, ranks, dataset, batches, first, total):
         """dataset.name(index) names a sample; batches.size: of all ranks; steps first … total−1."""
         self.ranks, self.dataset, self.batch, self.total = ranks, dataset, batches.size, total
+        self.out = cfg.out
         self.every, self.save_every = cfg.log_every, cfg.save_every
         self.pending, self.file, self.bar = None, None, None
         self.stopping = False
@@ -360,6 +349,7 @@ class StepLog:
         """After a checkpoint: leave, if a signal asked for it."""
         if self.stopping and step + 1 < self.total:
             self.close()
+            record_end(self.out, "stopped")
             done = f"stopped after step {step + 1} of {self.total}, which is saved"
             raise Stopped(errors.asked or signal.SIGTERM, f"{done}; the same command goes on")
 

@@ -300,7 +300,7 @@ def report(cfg, model, test, ranks):
         header = ("attribute", "train_positive", "test_positive", "mA", "tpr", "tnr")
         write_csv(out / "attributes.csv", header, rows)
         draw(model, test, p, scores, out)
-        (out / "done").touch()
+        common.finish_run(out)
         lines = [f"{'attribute':24}  train +%   test +%        mA       TPR       TNR   (%)"]
         for name, *values in rows:
             lines.append(f"{name[:24]:24}" + "".join(f"{100 * value:10.2f}" for value in values))
@@ -355,7 +355,7 @@ def predict(cfg, ranks):
         write_csv(out / "predictions.csv", ("image", *model.names), rows)
         images = [split.load(i) for i in range(min(12, len(files)))]
         sheets.attribute_sheet(images, model.names, p[:12], None, out / "predictions.png")
-        (out / "done").touch()
+        common.finish_run(out)
         print(f"wrote {out}/predictions.csv ({len(files)} pictures), predictions.png")
     common.barrier()
 

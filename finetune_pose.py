@@ -262,7 +262,7 @@ def report(cfg, model, val, ranks):
     found = find_poses(cfg, model, val.people, ranks)
     if ranks.rank == 0:
         val.report(found)
-        (Path(cfg.out) / "done").touch()
+        common.finish_run(cfg.out)
     common.barrier()
 
 

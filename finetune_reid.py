@@ -267,7 +267,7 @@ def report(cfg, result, query, gallery, ranks):
         counts["gallery"] = len(gallery.ids)
         common.write_json(Path(cfg.out) / "metrics.json", counts | figures)
         draw(cfg, result, query, gallery)
-        (Path(cfg.out) / "done").touch()
+        common.finish_run(cfg.out)
         line = f"{cfg.out}: " + "  ".join(f"{name} {v:.4f}" for name, v in figures.items())
         if result["unmatched"]:
             line += f", {result['unmatched']} of {Q} queries without a match left out"
@@ -331,7 +331,7 @@ def predict(cfg, ranks, shown=40, columns=10):
                 lists.append((people.load(i), [(people.load(j), None) for j in nearest[i]]))
             sheets.ranked_lists(lists, out / "nearest.png", files[:shown].tolist(), title)
             wrote += ", nearest.png"
-        (out / "done").touch()
+        common.finish_run(out)
         print(wrote)
     common.barrier()
 

@@ -310,7 +310,7 @@ def evaluate(cfg, model, text, split, ranks):
 
 def report(out, figures):
     """The mark that the run is finished, then its figures on stdout."""
-    (out / "done").touch()
+    common.finish_run(out)
     print(f"{out}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items()))
 
 
@@ -358,7 +358,7 @@ def predict(cfg, ranks):
         found = [(None, [(gallery[i], None) for i in order[:10]])]
         title = "Best guesses for a sentence"
         sheets.caption_sheet(found, [cfg.sentence], out / "ranking.png", title)
-        (out / "done").touch()
+        common.finish_run(out)
         best = f"{len(rows)} pictures, best {rows[0]['image']}"
         print(f"wrote {out}/ranking.json ({best}), ranking.png")
     common.barrier()

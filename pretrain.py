@@ -98,12 +98,16 @@ KEYS = dict(
     gather_gradient=Key(True, "gradient through L_align's gathered keys (false: HAP's release)"),
     # optimiser
     epochs=Key(400, "passes over the data", "[HAP]", low=1),
+    resume_from=Key(None, "a finished run's folder or last.pt, to go on with by larger epochs= in "
+                    "a new out=; the new schedule is entered at the step reached"),
     warmup_epochs=Key(40.0, "linear warm-up", "[HAP]", low=0),
     blr=Key(1.5e-4, "base learning rate; lr = blr · batch / 256", "[HAP] [MAE]", low=0),
     weight_decay=Key(0.05, "AdamW weight decay, not on 1-D parameters [MAE], nor (ours) tokens",
                      "[HAP] [MAE]", low=0),
     beta2=Key(0.95, "AdamW β2 (β1 = .9)", "[HAP] [MAE]", low=0, high=0.99999),
     clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[HAP] [MAE]", low=0),
+    keep_every=Key(0, "epochs between copies of the encoder, encoder_0010.safetensors; 0 = none",
+                   low=0, may_change=True),
     picture_every=Key(0, "steps between pictures; 0 = only at the end", low=0, may_change=True),
     # features instead of a training
     predict=Key(None, "no training: features of a folder of pictures, or of one, by weights="),
@@ -119,23 +123,26 @@ def main():
     check(cfg)
     # Everything that can be wrong with the input is found before the run folder is made.
     dataset, batches, about = build_data(cfg, ranks)
+    earlier = common.earlier_run(cfg, KEYS, batches.steps_per_epoch)
     with torch.device("meta"):  # counted before it is claimed
         common.check_memory(build_model(cfg), cfg.batch // ranks.world, ranks.device)
     common.seed_all(common.WEIGHTS, cfg.seed)
     model = build_model(cfg)
-    if cfg.init:
+    if cfg.init and not cfg.resume_from:
         print(f"start from {cfg.init}: {load_into(model.encoder, cfg.init)}")
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     model.to(ranks.device)
     groups = common.parameter_groups(model, cfg.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, cfg.beta2), fused=True)
-    first = common.resume(Path(cfg.out) / "last.pt", model, optimizer)["step"]
+    first = common.resume(Path(cfg.out) / "last.pt", model, optimizer, earlier)["step"]
     total = cfg.epochs * batches.steps_per_epoch
     warmup = round(cfg.warmup_epochs * batches.steps_per_epoch)
     log = common.StepLog(cfg, ranks, dataset, batches, first, total)
     weights = sum(p.numel() for p in model.parameters())
     log.say(f"{about}, {total} steps of {cfg.batch}, {weights:,} parameters")
+    if earlier:
+        log.say(f"prolongs {earlier}: the schedule of {cfg.epochs} epochs is entered at this step")
     loader = common.training_loader(dataset, batches.steps(first, total), cfg.workers, ranks.device)
     if cfg.compile:
         model.compile()
@@ -165,9 +172,11 @@ def main():
         values = {"loss": result["total"]}
         values |= {name: result[name] for name in ("rec", "align", "mp")} | {"grad_norm": norm}
         log.record(step, lr, values | health(result), sample["index"], result["bad"])
-        if log.saves(step):
+        epoch, rest = divmod(step + 1, batches.steps_per_epoch)
+        keep = epoch if cfg.keep_every and rest == 0 and epoch % cfg.keep_every == 0 else None
+        if log.saves(step) or keep:
             log.flush()  # never save a broken model
-            save(cfg, model, optimizer, step + 1, ranks)
+            save(cfg, model, optimizer, step + 1, ranks, keep)
             log.stop_if_asked(step)
         if cfg.picture_every and (step + 1) % cfg.picture_every == 0 and step + 1 < total:
             draw(cfg, model, dataset, ranks)
@@ -176,7 +185,7 @@ def main():
     drawn = draw(cfg, model, dataset, ranks)
     if ranks.rank == 0:
         sheets.draw_curves([cfg.out], Path(cfg.out) / "curves.png")
-        (Path(cfg.out) / "done").touch()
+        common.finish_run(cfg.out)
     log.say(f"wrote {cfg.out}/encoder.safetensors, curves.png, {drawn}")
     common.barrier()
 
@@ -279,13 +288,14 @@ def health(result):
 # ------------------------------------------------------------------------------- files and pictures
 
 
-def save(cfg, model, optimizer, step, ranks):
-    """Weights alone, then everything to resume: after a kill in between these steps are repeated,
-    so the two always agree."""
+def save(cfg, model, optimizer, step, ranks, keep):
+    """Weights alone, also under the number of an epoch to `keep`, then everything to resume: after
+    a kill in between these steps are repeated, so the files always agree."""
     if ranks.rank == 0:
         out, weights = Path(cfg.out), model.state_dict()
         meta = meta_of(model.encoder) | dict(training=training_of(cfg, KEYS, step))
-        common.save_weights(out / "encoder.safetensors", model.encoder, **meta)
+        for name in ["encoder", *([f"encoder_{keep:04}"] if keep else [])]:
+            common.save_weights(out / f"{name}.safetensors", model.encoder, **meta)
         state = optimizer.state_dict()
         common.save_checkpoint(out / "last.pt", model=weights, optimizer=state, step=step)
 

@@ -26,6 +26,7 @@ ENCODER = dict(
     size=Key("base", "encoder size, where encoder= does not say it", "[HAP]", tuple(SIZES)),
     patch=Key(16, "patch side in px, where encoder= does not say it", "[MAE]", low=1),
     pose_token=Key(True, "[POSE] from scratch, and on others' weights if it is read", "[paper]"),
+    freeze=Key(False, "the encoder stays as it is, without drop path; only the head learns"),
     checkpoint_activations=Key(False, "recompute activations: less memory", may_change=True),
     semantic_weight=Key(-1.0, "λ of SOLIDER's controller, 0 looks … 1 semantics; -1: as the task",
                         "[SOLIDER] .2 ReID, .8 attributes, pose; ours .2 text", low=-1, high=1),
@@ -209,7 +210,10 @@ def build_encoder(cfg, reads_pose, drop_path=0.0, semantic_weight=0.8):
     An encoder of SOLIDER brings its controller; its λ is cfg's, else that of weights=, else the
     stage's own `semantic_weight`.
     With weights= the caller loads the fine-tuned ones (see take_settings). Positions are resized
-    bicubically. Raises UserError for a file that does not fit.
+    bicubically. With freeze no weight of it asks for a gradient, [POSE] and positions included: no
+    graph is kept, and layer decay reaches the head alone. A ViT has no batch statistics, so without
+    drop path it computes in training what it computes in evaluation.
+    Raises UserError for a file that does not fit.
     """
     path = None if cfg.weights else cfg.encoder
     size, patch, meta = cfg.size, cfg.patch, encoder_meta(path)
@@ -228,13 +232,16 @@ def build_encoder(cfg, reads_pose, drop_path=0.0, semantic_weight=0.8):
         sides = f"height={cfg.height} and width={cfg.width}"
         raise UserError(f"{sides} must be multiples of the patch side, {patch} px")
     s, sides = SIZES[size], (cfg.height, cfg.width)
+    drop_path = 0.0 if cfg.freeze else drop_path
     shape = s["width"], s["depth"], s["heads"], sides, patch, pose_token, drop_path, True
     with torch.device("meta"):  # counted before it is claimed
-        check_memory(ViT(*shape), 0, torch.device("cpu"))
+        check_memory(ViT(*shape).requires_grad_(not cfg.freeze), 0, torch.device("cpu"))
     told = encoder_meta(cfg.weights or path)
     controller = "semantic_weight" in told
     vit = ViT(*shape, checkpoint_activations=cfg.checkpoint_activations, controller=controller)
+    vit.requires_grad_(not cfg.freeze)
     about = f"{size}, {patch} px patches, [CLS]{' and [POSE]' if pose_token else ''}"
+    about += ", frozen" if cfg.freeze else ""
     if cfg.semantic_weight >= 0 and not controller:
         what = f"semantic_weight={cfg.semantic_weight:g}: {cfg.weights or path or 'a new encoder'}"
         raise UserError(f"{what} has no controller (baselines/solider.py trains one); leave it out")

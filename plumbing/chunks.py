@@ -27,6 +27,7 @@ from plumbing.errors import UserError, reading
 from plumbing.files import read_json, regular, write_atomic
 from plumbing.pictures import picture_fault
 from plumbing.process import end_with_main
+from plumbing.runs import finish_run
 
 
 class Chunks(Dataset):
@@ -188,7 +189,7 @@ def same_size(jobs, batch):
 
 def mark_done(out):
     os.sync()  # the pictures reach the disk before the word that they are there
-    (out / "done").touch()
+    finish_run(out)
     clean_up(out)
 
 

@@ -95,6 +95,20 @@ def write_json(path, value, indent=1):
     write_atomic(path, lambda part: part.write_text(json.dumps(value, indent=indent) + "\n"))
 
 
+def new_files(out, names, source):
+    """Paths of the files that are to be written to the folder `out`.
+
+    Raises UserError where one is there already, and where `out` lies in `source`, a user's folder.
+    """
+    out, files = Path(out), [Path(out) / name for name in names]
+    if out.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"out={out} lies in {source}, which stays as it is; choose another out=")
+    for file in files:
+        if file.exists():
+            raise UserError(f"{file} is there already; choose another out=")
+    return files
+
+
 # -------------------------------------------------------------------------------------- checkpoints
 
 

@@ -63,14 +63,16 @@ def end_with_main(worker):
 
 
 def check_memory(model, pictures, device):
-    """UserError if a training cannot fit: weights, gradients, AdamW's two moments, the pictures.
+    """UserError if a training cannot fit: weights, and of those that learn gradients and AdamW's
+    two moments; the pictures.
 
     model may stand on the device "meta", which claims nothing. pictures: on this rank, in a step.
     A lower bound: activations come on top.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(p.nbytes for p in model.parameters())
+    learned = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     H, W = getattr(model, "encoder", model).image_size
-    need = 4 * weights + pictures * 3 * H * W * 5  # bytes as loaded, and float32
+    need = weights + 3 * learned + pictures * 3 * H * W * 5  # bytes as loaded, and float32
     have = memory_of(device)
     if need > have:
         has = f"the {device.type} has {have / 1e9:.1f} GB"

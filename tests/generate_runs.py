@@ -170,7 +170,12 @@ def config(tiny, **more):
 
 def same_set(a, b):
     """Byte-identical lists and pictures, nothing more and nothing less."""
-    own = {"config.yaml", "log.jsonl", "summary.json"}  # hold the folder's name and times
+    own = {
+        "config.yaml",
+        "log.jsonl",
+        "summary.json",
+        "run.json",
+    }  # hold the folder's name and times
     files = []
     for out in (Path(a), Path(b)):
         paths = [path for path in out.rglob("*") if path.is_file() and path.name not in own]

@@ -145,7 +145,7 @@ def test_overfits_one_batch_then_evaluates_and_predicts(dots, tmp_path):
     assert metrics["AP"] > 0.6 and metrics["PCK@.2"] > 0.9 and metrics["people"] == 4
     files = "config.yaml curves.png done encoder.safetensors last.pt log.jsonl metrics.json "
     files += "model.safetensors overlays.png pck.png"
-    assert sorted(f.name for f in out.iterdir()) == [*files.split(), "results.json"]
+    assert sorted(f.name for f in out.iterdir()) == [*files.split(), "results.json", "run.json"]
 
     weights = f"weights={out}/model.safetensors"
     val = [f"val_annotations={path}", f"val_images={images}"]

@@ -1,0 +1,158 @@
+"""A run's folder: whose it is, what run.json says of each start in it, and what a finished run
+hands on to a longer one. common.py calls these in that order.
+
+run.json is a record for people. Nothing reads it back to compute, and a run goes on without it.
+"""
+
+import contextlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from plumbing.config import read_yaml
+from plumbing.errors import UserError, in_a_line, reading
+from plumbing.files import load_checkpoint, read_json, write_json
+
+LIBRARIES = ("torchvision", "numpy", "scipy", "pillow", "safetensors")
+SCHEDULE = ("epochs", "warmup_epochs", "blr")  # what a longer run may change
+records = {}  # run folder of this process → (all entries of its run.json, a clock at the start)
+
+
+def look_into(cfg, keys):
+    """→ "new", "resume" or "finished", as the folder cfg.out is now; UserError where it is not this
+    run's."""
+    if not cfg.out:
+        raise UserError("out= is empty; name a run folder")
+    out = Path(cfg.out)
+    if (out / "config.yaml").exists():
+        differs = differences(read_yaml(out / "config.yaml"), cfg, keys)
+        if differs:
+            what = "; ".join(differs)
+            raise UserError(f"{out} holds a run with another config ({what}); choose another out=")
+        return "finished" if (out / "done").exists() else "resume"
+    if out.exists() and (not out.is_dir() or any(file.suffix != ".part" for file in out.iterdir())):
+        raise UserError(f"{out} exists and is not a run of this project; choose another out=")
+    return "new"
+
+
+def differences(old, cfg, keys, free=()):
+    """Texts "key old -> new" of what changes a result; `free` keys and may_change ones do not
+    count."""
+    return [
+        f"{name} {old.get(name)!r} -> {getattr(cfg, name)!r}"
+        for name, key in keys.items()
+        if not key.may_change and name not in free and old.get(name) != getattr(cfg, name)
+    ]
+
+
+# ----------------------------------------------------------------------------------- a longer run
+
+
+def earlier_run(cfg, keys, steps_per_epoch):
+    """→ path of the last.pt that resume_from= names; None without one, and where this run has saved
+    something of its own already.
+
+    Only the SCHEDULE may differ between the two, and what changes no result.
+    Raises UserError for a run that is not finished, another config, other data, too few epochs.
+    """
+    if not cfg.resume_from or (Path(cfg.out) / "last.pt").exists():
+        return None
+    path = Path(cfg.resume_from)
+    path = path / "last.pt" if path.is_dir() else path
+    if not (path.parent / "done").exists():
+        what = "is no folder of a finished run, and no last.pt in one"
+        raise UserError(f"resume_from={cfg.resume_from} {what}; start an unfinished one again")
+    old = read_yaml(path.parent / "config.yaml")
+    differs = differences(old, cfg, keys, free=("out", "resume_from", *SCHEDULE))
+    if differs:
+        what = f"{'; '.join(differs)}): only {', '.join(SCHEDULE)} may differ"
+        raise UserError(f"resume_from={cfg.resume_from} is a run with another config ({what}")
+    with reading(path, "a finished run's checkpoint"):
+        step, epochs = int(load_checkpoint(path)["step"]), int(old["epochs"])
+    if step != epochs * steps_per_epoch:
+        now = f"the data has {steps_per_epoch} steps an epoch now"
+        raise UserError(f"{path} is of {step} steps in {epochs} epochs, but {now}; give it back")
+    if cfg.epochs <= epochs:
+        longer = f"resume_from={cfg.resume_from} has {epochs} already"
+        raise UserError(f"epochs={cfg.epochs} prolongs nothing: {longer}; it counts from the start")
+    return path
+
+
+# --------------------------------------------------------------------------------------- run.json
+
+
+def record_start(out, ranks):
+    """Append to out/run.json what this start runs on."""
+    entries = []
+    with spared(out):
+        if (Path(out) / "run.json").exists():
+            entries = read_json(Path(out) / "run.json")
+            if not isinstance(entries, list):
+                raise ValueError("it holds no list")
+        entry = {"command": shlex.join(sys.argv), "started": this_moment(), "commit": commit()}
+        entry |= {"python": platform.python_version(), "torch": str(torch.__version__)}
+        for name in LIBRARIES:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                entry[name] = metadata.version(name)
+        entry |= {"system": platform.platform(), "device": device_name(ranks.device)}
+        entry |= {"ranks": ranks.world, "threads": torch.get_num_threads()}
+        entries.append({name: value for name, value in entry.items() if value is not None})
+        records[str(out)] = entries, time.monotonic()
+        write_json(Path(out) / "run.json", entries)
+
+
+def record_end(out, how):
+    """How this start ended: "finished" or "stopped". One that was killed says nothing."""
+    if str(out) in records:
+        entries, begin = records.pop(str(out))
+        seconds = round(time.monotonic() - begin, 1)
+        entries[-1] |= {"ended": this_moment(), "seconds": seconds, "how": how}
+        with spared(out):
+            write_json(Path(out) / "run.json", entries)
+
+
+def finish_run(out):
+    """The last thing a run does: its end in run.json, and the mark that there is nothing to do."""
+    record_end(out, "finished")
+    (Path(out) / "done").touch()
+
+
+@contextlib.contextmanager
+def spared(out):
+    """A record that cannot be kept costs a line, never the run."""
+    try:
+        yield
+    except (OSError, ValueError, UserError) as error:
+        print(f"{out}/run.json stays as it is: {in_a_line(error)}", file=sys.stderr)
+
+
+def this_moment():
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def commit():
+    """This code's commit, with "-dirty" behind it where tracked files differ; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    where = dict(cwd=Path(__file__).parent, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or it does not answer
+        done = subprocess.run(command, **where, capture_output=True, text=True, timeout=10)
+        return done.stdout.strip() if done.returncode == 0 else None
+    return None
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):  # Linux alone has it
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
