@@ -38,9 +38,9 @@ from data import (
 from drawing import training as sheets
 from formats.coco import MIN_SCORE, Limits, read_people
 from formats.weights import load_into, meta_of
-from losses import contrastive_health
 from model import SIZES, Decoder, GenPoCCL, Projector, ViT, normalize, split_mask
 from plumbing.config import MACHINE, Key, read_config
+from tasks.probe import HeldOut, health
 
 KEYS = dict(
     out=Key("runs/pretrain", "run folder"),
@@ -102,6 +102,9 @@ KEYS = dict(
                      "[HAP] [MAE]", low=0),
     beta2=Key(0.95, "AdamW β2 (β1 = .9)", "[HAP] [MAE]", low=0, high=0.99999),
     clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[HAP] [MAE]", low=0),
+    score_annotations=Key(None, "COCO JSON of held-out people: do nearest pictures share a pose?",
+                          may_change=True),
+    score_every=Key(0, "steps between such scores; 0 = only at the end", low=0, may_change=True),
     picture_every=Key(0, "steps between pictures; 0 = only at the end", low=0, may_change=True),
 ) | MACHINE  # fmt: skip
 
@@ -112,6 +115,7 @@ def main():
     check(cfg)
     # Everything that can be wrong with the input is found before the run folder is made.
     dataset, batches, about = build_data(cfg, ranks)
+    held = HeldOut(cfg)
     with torch.device("meta"):  # counted before it is claimed
         common.check_memory(build_model(cfg), cfg.batch // ranks.world, ranks.device)
     common.seed_all(common.WEIGHTS, cfg.seed)
@@ -158,6 +162,9 @@ def main():
         values = {"loss": result["total"]}
         values |= {name: result[name] for name in ("rec", "align", "mp")} | {"grad_norm": norm}
         log.record(step, lr, values | health(result), sample["index"], result["bad"])
+        if held.due(step + 1, total):
+            log.flush()  # the step's own line comes first
+            log.write(step=step + 1, **held.score(model.encoder, ranks))
         if log.saves(step):
             log.flush()  # never save a broken model
             save(cfg, model, optimizer, step + 1, ranks)
@@ -260,14 +267,6 @@ def draw_masks(cfg, keypoints, grid, step, ranks):
     else:
         masks = random_mask(noise, cfg.mask_ratio)
     return list(masks.chunk(cfg.views))
-
-
-def health(result):
-    """Is L_mp learning poses or collapsing? losses.contrastive_health, mean over the sets."""
-    if result["z"] is None:
-        return {}
-    sets = [contrastive_health(z, ids) for z, ids in zip(result["z"], result["z_pose_id"])]
-    return {name: sum(figures[name] for figures in sets) / len(sets) for name in sets[0]}
 
 
 # ------------------------------------------------------------------------------- files and pictures
