@@ -7,21 +7,20 @@ Frame: a pose is (N, K, 3), xy moved to its box's centre and divided by the box'
 that place and size in the picture do not count; third column 0 = missing.
 """
 
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import common
+from data import Augmentation, PretrainPictures, grown_region, padded_box
 from formats.coco import read_people
 from formats.keypoints import BOX_AREA
 from formats.market import MARKET_NAME
 from losses import contrastive_health
 from model import normalize
 from plumbing.errors import UserError
+from plumbing.pictures import load_picture
 from tasks.features import token_features
-from tasks.pose import PosePictures
 from tasks.pose_metrics import oks, oks_sigmas
 
 PEOPLE = 400  # held-out people that are looked at: ours
@@ -63,13 +62,21 @@ def strangers(people):
 
 
 def pictures_of(people, size):
-    """Inputs of (H, W) px: boxes × 1.25 within the picture, as in pre-training, then widened."""
-    grow = people.boxes[:, 2:] * 0.125
-    low = np.maximum(people.boxes[:, :2] - grow, 0)
-    high = np.minimum(people.boxes[:, :2] + people.boxes[:, 2:] + grow, people.size)
-    people = people._replace(boxes=np.concatenate([low, high - low], 1))
-    cfg = SimpleNamespace(height=size[0], width=size[1], padding=1.0)
-    return PosePictures(cfg, people, training=False)
+    """Each person's region as in pre-training, whole and unmirrored, at the input's size (H, W).
+
+    Black beyond the picture's edge would tell the box, so regions stay within it where they fit.
+    → images (N, 3, H, W) uint8, keypoints (N, K, 3) input px, input px per picture px (N, 2).
+    """
+    data, options = PretrainPictures([people], size, seed=0), Augmentation()
+    samples, scale = [], np.empty((len(people.files), 2))
+    for i, name in enumerate(people.files):
+        picture = load_picture(people.folder, name, people.size[i])
+        region = padded_box(people.boxes[i], options.box_padding, people.size[i])
+        region = grown_region(region, size[1] / size[0], people.size[i])
+        samples.append(data.augment(picture, region, people.keypoints[i], mirrored=False))
+        scale[i] = size[1] / region[2], size[0] / region[3]
+    images, keypoints = (torch.stack([s[name] for s in samples]) for name in ("image", "keypoints"))
+    return images, keypoints.numpy(), scale
 
 
 @torch.no_grad()
@@ -120,6 +127,12 @@ def likeness(truth, found, boxes, sigmas):
     return similar, right
 
 
+def each_likeness(truth, found, boxes, sigmas):
+    """likeness of each pose with its own (N, K, 2) alone → mean OKS, mean PCK."""
+    pairs = [likeness(truth[[i]], found[[i]], boxes[[i]], sigmas) for i in range(len(truth))]
+    return tuple(float(np.mean(values)) for values in zip(*pairs))
+
+
 # ---------------------------------------------------------------------------------------- retrieval
 
 
@@ -163,8 +176,7 @@ class HeldOut:
     def prepare(self):
         """The pictures and {name: (N, N) likeness}, once."""
         people, self.measures = self.people, {}
-        data = pictures_of(people, self.size)
-        self.images = torch.stack([data[(0, i)]["image"] for i in range(len(data))])
+        self.images = pictures_of(people, self.size)[0]
         if people.joints:
             sigmas, poses = oks_sigmas(people.joints)[0], box_poses(people)
             self.measures["oks"] = likeness(poses, poses, people.boxes, sigmas)[0]
@@ -209,23 +221,23 @@ def health(result):
 def ridge_joints(feature, poses, groups, folds=5):
     """Joints by ridge regression from a feature, of people whose group is in no training fold.
 
-    feature (N, D), poses (N, K, 3), groups (N,). Each joint is learnt from those who show it; the
-    penalty is chosen in the training folds. → (found, mean pose of the training folds): (N, K, 2).
+    feature (N, D), poses (N, K, 3), groups (N,). A joint that a person of the training folds lacks
+    stands at its mean; the penalty is chosen within them. → (found, their mean pose): (N, K, 2).
     """
     from sklearn.linear_model import RidgeCV
     from sklearn.model_selection import GroupKFold
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    found, middle = np.zeros((2, *poses.shape[:2], 2))
+    N, K, _ = poses.shape
+    found, middle = np.empty((2, N, K, 2))
     for train, test in GroupKFold(folds).split(feature, groups=groups):
-        for j in range(poses.shape[1]):
-            rows = train[poses[train, j, 2] > 0]
-            if len(rows) == 0:
-                continue
-            model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(0, 4, 5)))
-            found[test, j] = model.fit(feature[rows], poses[rows, j, :2]).predict(feature[test])
-            middle[test, j] = poses[rows, j, :2].mean(0)
+        seen, xy = poses[train, :, 2:] > 0, poses[train, :, :2]
+        middle[test] = (xy * seen).sum(0) / np.maximum(1, seen.sum(0))
+        target = np.where(seen, xy, middle[test[0]]).reshape(len(train), -1)
+        inner = list(GroupKFold(3).split(train, groups=groups[train]))
+        model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 6, 6), cv=inner))
+        found[test] = model.fit(feature[train], target).predict(feature[test]).reshape(-1, K, 2)
     return found, middle
 
 
@@ -255,8 +267,8 @@ def logistic_attributes(train, labels, test):
 def correspondence(patches, keypoints, pairs, reach, patch):
     """The patch under a joint of one person → its nearest patch in another's picture.
 
-    patches (N, h, w, D) of length 1; keypoints (N, K, 3) input px; pairs (M, 2) rows; reach (N,)
-    px; patch: its side in px. A joint counts that both show within their inputs.
+    patches (N, h, w, D) of length 1; keypoints (N, K, 3) input px; pairs (M, 2) rows; reach (N, 2)
+    input px, across and down; patch: its side in px. A joint counts that both inputs show.
     → {patches: share of joints whose found patch's centre is within reach of the same joint;
     same_place: the patch at the same place in the other picture; chance: any patch; best: the patch
     under the joint itself}.
@@ -274,7 +286,8 @@ def correspondence(patches, keypoints, pairs, reach, patch):
     joints = 0
     for a, b in pairs:
         both = np.flatnonzero(inside[a] & inside[b])
-        near = np.linalg.norm(centres[:, None] - xy[b, both], axis=2) <= reach[b]  # (h·w, joints)
+        away = (centres[:, None] - xy[b, both]) / reach[b]
+        near = np.linalg.norm(away, axis=2) <= 1  # (h·w, joints)
         ids, j = under[a, both], np.arange(len(both))
         answer = (flat[a, ids] @ flat[b].T).argmax(1)
         counts["patches"] += near[answer, j].sum()
