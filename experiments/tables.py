@@ -23,9 +23,9 @@ def interval(values):
     values = np.asarray(values, float)
     if len(values) < 2:
         return float(values.mean()), None, None
-    low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    if math.isnan(low):  # all the same: scipy divides by 0
-        low = high = values.mean()
+    low = high = values.mean()
+    if np.ptp(values) > 0:
+        low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     return float(values.mean()), float(low), float(high)
 
 

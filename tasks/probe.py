@@ -236,7 +236,7 @@ def ridge_joints(feature, poses, groups, folds=5):
         middle[test] = (xy * seen).sum(0) / np.maximum(1, seen.sum(0))
         target = np.where(seen, xy, middle[test[0]]).reshape(len(train), -1)
         inner = list(GroupKFold(3).split(train, groups=groups[train]))
-        model = make_pipeline(StandardScaler(), RidgeCV(np.logspace(1, 6, 6), cv=inner))
+        model = make_pipeline(StandardScaler(), RidgeCV((0.01, 1, 1e2, 1e4, 1e6), cv=inner))
         found[test] = model.fit(feature[train], target).predict(feature[test]).reshape(-1, K, 2)
     return found, middle
 

@@ -35,6 +35,7 @@ def commands_of(text):
     return [line for line in found if not re.search("lesson.py|drawing/curves.py", line)]
 
 
+sys.path.append(str(ROOT / "experiments"))  # whose commands are read as those of the stages
 STAGES = ["generate", "pretrain", "finetune_pose", "finetune_reid", "finetune_par", "finetune_t2i"]
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
