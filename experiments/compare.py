@@ -177,7 +177,7 @@ class Work:
 
     def __enter__(self):
         self.pool = ThreadPoolExecutor(self.cfg.jobs)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        self.handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
         return self
 
     def __exit__(self, kind, error, trace):
@@ -187,6 +187,7 @@ class Work:
             for process in self.running:
                 process.terminate()
         self.pool.shutdown(cancel_futures=True)
+        signal.signal(signal.SIGTERM, self.handler)
 
     def training(self, method, lr, seed):
         """The pre-training of a method; None from scratch and where no rate could be chosen."""
