@@ -19,7 +19,7 @@ that cannot be read is left out, counted and named.
 Legend: n people of a picture · boxes x, y, w, h in px · joints are COCO's 17.
 """
 
-import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
+import common  # first: Ctrl-C while the libraries load
 
 # isort: split
 from collections import Counter
@@ -29,7 +29,6 @@ from pathlib import Path
 
 import numpy as np
 
-import common
 from common import UserError
 from drawing.skeletons import people_sheet
 from formats.coco import MIN_SCORE, filled, write_image_captions, write_people

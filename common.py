@@ -5,6 +5,9 @@ of plumbing/ (random numbers, loaders, files) it finds here by the same names. N
 the method.
 """
 
+import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
+
+# isort: split
 import atexit
 import contextlib
 import json

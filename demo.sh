@@ -12,7 +12,7 @@ run generate.py --cfg configs/generate_demo.yaml out=runs/demo/pose_train poses=
 run generate.py --cfg configs/generate_demo.yaml out=runs/demo/pose_val poses=200 first_pose=200000 pictures_per_pose=1 width=96
 
 # Stage 2.
-run pretrain.py --cfg configs/pretrain_demo.yaml
+run pretrain.py --cfg configs/pretrain_demo.yaml score_annotations=runs/demo/pose_val/annotations.json score_every=400
 
 # Stage 3: each task twice, same schedule, same seed. People under several cameras for the last three.
 encoder=runs/demo/pretrain/encoder.safetensors

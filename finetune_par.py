@@ -24,7 +24,7 @@ Legend: B pictures on this rank · N pictures of a split · A attributes · H, W
 p probability.
 """
 
-import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
+import common  # first: Ctrl-C while the libraries load
 
 # isort: split
 import copy
@@ -38,7 +38,6 @@ import torch
 import torch.nn as nn
 from torch.utils.data import DataLoader
 
-import common
 from common import UserError
 from drawing import results as sheets
 from formats.attributes import read_attributes, read_pictures

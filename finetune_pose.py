@@ -18,7 +18,7 @@ The last epoch is reported, never the best one on the test set.
 Legend: B people on this rank · N people of a file · K joints · H, W input · h, w heat map.
 """
 
-import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
+import common  # first: Ctrl-C while the libraries load
 
 # isort: split
 import json
@@ -29,7 +29,6 @@ import numpy as np
 import pycocotools  # noqa: F401  known to be missing now, not after the training
 import torch
 
-import common
 from common import UserError
 from drawing import results as sheets
 from formats import keypoints as readers

@@ -22,7 +22,7 @@ Legend: B pictures on this rank · D feature width · Q queries · G gallery pic
 set · C people in training.
 """
 
-import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
+import common  # first: Ctrl-C while the libraries load
 
 # isort: split
 import os
@@ -34,7 +34,6 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-import common
 from common import UserError
 from drawing import results as sheets
 from formats.market import read_data, read_pictures

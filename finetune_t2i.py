@@ -23,7 +23,7 @@ Legend: B pairs on this rank · M pairs of all ranks · D width · T tokens · v
 picture and text.
 """
 
-import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
+import common  # first: Ctrl-C while the libraries load
 
 # isort: split
 import json
@@ -36,7 +36,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
 
-import common
 from common import UserError
 from drawing import results as sheets
 from formats.captions import read_bert, read_captions, read_gallery

@@ -20,7 +20,7 @@ Legend: K pictures of a pose · n people of one source picture (joints are alway
 are (W, H), PIL's order · px, pixel centres at whole numbers; third column of keypoints 0 = missing.
 """
 
-import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
+import common  # first: Ctrl-C while the libraries load
 
 # isort: split
 from collections import Counter
@@ -31,7 +31,6 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-import common
 import puppet
 from common import UserError
 from drawing import skeletons

@@ -17,16 +17,14 @@ MAE, HAP and StableRep are settings of this script: configs/pretrain_{mae,hap,st
 Legend: B pictures on this rank · N patches · P pictures of a pose in a batch · h, w grid.
 """
 
-import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
+import common  # first: Ctrl-C while the libraries load
 
 # isort: split
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import common
 from common import UserError
 from data import (
     Augmentation,
@@ -38,11 +36,12 @@ from data import (
     recognised,
 )
 from drawing import training as sheets
-from formats.coco import MIN_SCORE, Limits, read_folder, read_people
-from formats.weights import load_into, meta_of, read_encoder, training_of
+from formats.coco import MIN_SCORE, Limits, read_people
+from formats.weights import load_into, meta_of, training_of
 from model import SIZES, Decoder, GenPoCCL, Projector, ViT, normalize
-from plumbing.config import MACHINE, Key, read_config, separate_out
-from tasks.features import ResizedPictures, folder_features, write_features
+from plumbing.config import MACHINE, Key, read_config
+from tasks.features import predict
+from tasks.probe import HeldOut
 
 KEYS = dict(
     out=Key("runs/pretrain", "run folder"),
@@ -108,6 +107,9 @@ KEYS = dict(
     clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[HAP] [MAE]", low=0),
     keep_every=Key(0, "epochs between copies of the encoder, encoder_0010.safetensors; 0 = none",
                    low=0, may_change=True),
+    score_annotations=Key(None, "COCO JSON of held-out people: do nearest pictures share a pose?",
+                          may_change=True),
+    score_every=Key(0, "steps between such scores; 0 = only at the end", low=0, may_change=True),
     picture_every=Key(0, "steps between pictures; 0 = only at the end", low=0, may_change=True),
     # features instead of a training
     predict=Key(None, "no training: features of a folder of pictures, or of one, by weights="),
@@ -119,10 +121,11 @@ def main():
     cfg = read_config(KEYS, __doc__)
     ranks = common.start_ranks(cfg.device, cfg.precision)
     if cfg.predict or cfg.weights:
-        return predict(cfg, ranks)
+        return predict(cfg, KEYS, ranks)
     check(cfg)
     # Everything that can be wrong with the input is found before the run folder is made.
     dataset, batches, about = build_data(cfg, ranks)
+    held = HeldOut(cfg)
     earlier = common.earlier_run(cfg, KEYS, batches.steps_per_epoch)
     with torch.device("meta"):  # counted before it is claimed
         common.check_memory(build_model(cfg), cfg.batch // ranks.world, ranks.device)
@@ -172,6 +175,9 @@ def main():
         values = {"loss": result["total"]}
         values |= {name: result[name] for name in ("rec", "align", "mp")} | {"grad_norm": norm}
         log.record(step, lr, values | health(result), sample["index"], result["bad"])
+        if held.due(step + 1, total):
+            log.flush()  # the step's own line comes first
+            log.write(step=step + 1, **held.score(model.encoder, ranks))
         epoch, rest = divmod(step + 1, batches.steps_per_epoch)
         keep = epoch if cfg.keep_every and rest == 0 and epoch % cfg.keep_every == 0 else None
         if log.saves(step) or keep:
@@ -317,36 +323,6 @@ def draw(cfg, model, dataset, ranks):
         text = ", ".join(drawn) + (f" ({missing})" if missing else "")
     common.barrier()
     return text
-
-
-def predict(cfg, ranks):
-    """A folder of pictures, or one → features.npz and, of several, a sheet of the nearest ones for
-    each token.
-
-    features.npz: files (N,) text; cls, pose (if the encoder has it), patch_mean (N, D) float32.
-    """
-    if not (cfg.predict and cfg.weights):
-        need = "predict= (pictures) and weights= (an encoder: ours, MAE, …) need each other"
-        raise UserError(f"{need}; to start a pre-training from weights use init=")
-    separate_out(cfg, KEYS, "predict")
-    people, _ = read_folder(cfg.predict, Limits())
-    encoder, about = read_encoder(cfg, cfg.weights)
-    if common.open_run(cfg, KEYS, ranks) == "finished":
-        return
-    features = folder_features(cfg, encoder.to(ranks.device), people, ranks)
-    if ranks.rank == 0:
-        print(about, file=sys.stderr)
-        out, N = Path(cfg.out), len(people.files)
-        write_features(out / "features.npz", people, features)
-        drawn = []
-        if N > 1:
-            pictures = ResizedPictures(people, encoder.image_size, range(N))
-            files = [name.decode() for name in people.files]
-            drawn = sheets.nearest_sheets(pictures, files, features, out)
-        (out / "done").touch()
-        shape = f"{N} pictures x {encoder.width}: {', '.join(features)}"
-        print(f"wrote {', '.join([f'{out}/features.npz ({shape})', *drawn])}")
-    common.barrier()
 
 
 # ------------------------------------------------------------------------------------------- checks

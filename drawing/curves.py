@@ -26,10 +26,13 @@ from plumbing.files import regular, write_atomic
 # Okabe and Ito's colours, which the colour-blind can tell apart: one for each run.
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()
 COSINES = {"positive_cosine": "-", "negative_cosine": "--"}  # one panel, a line style for each
+TOKENS = {"cls": "--", "pose": "-", "patch_mean": "-."}  # one panel for each score of pre-training
 ABOUT = ("step", "epoch", "final")  # of a line that has no "lr": an evaluation
 TITLES = dict(rec="L_rec", align="L_align", mp="L_mp", lr="learning rate")
 TITLES |= dict(grad_norm="gradient norm", pictures_per_s="pictures per second")
 TITLES |= dict(positive_cosine="cosines: one pose (—), different poses (- -)")
+TITLES |= dict(oks_cls="OKS of nearest: [POSE] —, [CLS] - -, patches -·")
+TITLES |= dict(same_pose_cls="same pose nearest: [POSE] —, [CLS] - -, patches -·")
 
 
 def draw_curves(runs, path):
@@ -72,12 +75,18 @@ def marks(rows, config):
     """The terms of a pre-training that knows nothing, and the floor of L_mp, by docs/metrics.md.
 
     → {key: {label: value}}. Those of fine-tuning depend on data that its config does not tell.
+    Its scores of held-out people are logged with theirs: chance, and the best possible.
     """
     if "out_dim" in config:  # SOLIDER
         K = config["out_dim"]
         return {"dino": {f"knows nothing: ln {K} = {math.log(K):.2f}": math.log(K)}}
     if "gamma_mp" not in config:
         return {}
+    scores = {}
+    for key in ("oks", "same_pose"):
+        levels = {level: curve(rows, f"{key}_{level}")[1] for level in ("chance", "best")}
+        levels = {f"{level}: {v[-1]:.2f}": v[-1] for level, v in levels.items() if len(v)}
+        scores |= {f"{key}_cls": levels} if levels else {}
     B, P, start = config["batch"], config["pictures_per_pose"], "knows nothing: "
     v = config["views"] if config["views_are_positives"] else 1  # else each view is its own set
     without_pose = curve(rows, "without_pose")[1]
@@ -87,7 +96,7 @@ def marks(rows, config):
     mp = {f"{word}ln {n} = {math.log(n):.2f}": math.log(n) for word, n in mp if n > 0}
     align = 4 * config["tau_align"] * math.log(B)
     align = {f"{start}4τ ln {B} = {align:.2f}": align}
-    return {"rec": {start + "1": 1.0}, "align": align, "mp": mp}
+    return {"rec": {start + "1": 1.0}, "align": align, "mp": mp} | scores
 
 
 def running_mean(values):
@@ -114,8 +123,8 @@ def curves_figure(runs):
         axis.grid(color="0.92")
         levels = {}
         for r, (rows, config) in enumerate(read):
-            for name in COSINES if key in COSINES else [key]:
-                draw_line(axis, *curve(rows, name), name, COLOURS[r % len(COLOURS)])
+            for name, style in styles(key).items():
+                draw_line(axis, *curve(rows, name), (name, style), COLOURS[r % len(COLOURS)])
             levels |= marks(rows, config).get(key, {})
         for label, level in levels.items():
             axis.axhline(level, color="0.4", linestyle=":", linewidth=1.2)
@@ -129,11 +138,19 @@ def curves_figure(runs):
     return figure
 
 
-def draw_line(axis, steps, values, key, colour):
+def styles(key):
+    """The lines of a panel: {key of the log: line style}."""
+    if key in ("oks_cls", "same_pose_cls"):
+        return {key.removesuffix("cls") + token: style for token, style in TOKENS.items()}
+    return COSINES if key in COSINES else {key: "-"}
+
+
+def draw_line(axis, steps, values, name, colour):
+    key, style = name
     if key != "lr" and len(values) >= 80:  # fewer are not averaged
         axis.plot(steps, values, color=colour, alpha=0.25, linewidth=0.6)
         values = running_mean(values)
-    style = dict(color=colour, linestyle=COSINES.get(key, "-"), linewidth=1.4, label=key)
+    style = dict(color=colour, linestyle=style, linewidth=1.4, label=key)
     axis.plot(steps, values, **style, marker="." if len(values) < 40 else "")
 
 

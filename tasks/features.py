@@ -1,8 +1,11 @@
-"""One feature per picture, from the encoder's tokens.
+"""One feature per picture, from the encoder's tokens; those of a whole folder.
 
 Legend: B pictures on this rank · S special tokens ([CLS], [POSE]) · N patches · D width ·
 H, W input.
 """
+
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +13,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 import common
+from drawing.training import nearest_sheets
+from formats.people import Limits, read_folder
+from formats.weights import read_encoder
 from model import normalize
+from plumbing.config import separate_out
 from plumbing.errors import UserError
 from plumbing.files import write_atomic
 from plumbing.pictures import load_picture
@@ -102,3 +109,33 @@ def write_features(path, people, features):
             np.savez(file, **arrays)
 
     write_atomic(path, write)
+
+
+def predict(cfg, keys, ranks):
+    """pretrain.py's predict=: a folder of pictures, or one → features.npz and, of several, a sheet
+    of the nearest ones for each token. keys: the stage's table.
+
+    features.npz: files (N,) text; cls, pose (if the encoder has it), patch_mean (N, D) float32.
+    """
+    if not (cfg.predict and cfg.weights):
+        need = "predict= (pictures) and weights= (an encoder: ours, MAE, …) need each other"
+        raise UserError(f"{need}; to start a pre-training from weights use init=")
+    separate_out(cfg, keys, "predict")
+    people, _ = read_folder(cfg.predict, Limits())
+    encoder, about = read_encoder(cfg, cfg.weights)
+    if common.open_run(cfg, keys, ranks) == "finished":
+        return
+    features = folder_features(cfg, encoder.to(ranks.device), people, ranks)
+    if ranks.rank == 0:
+        print(about, file=sys.stderr)
+        out, N = Path(cfg.out), len(people.files)
+        write_features(out / "features.npz", people, features)
+        drawn = []
+        if N > 1:
+            pictures = ResizedPictures(people, encoder.image_size, range(N))
+            files = [name.decode() for name in people.files]
+            drawn = nearest_sheets(pictures, files, features, out)
+        (out / "done").touch()
+        shape = f"{N} pictures x {encoder.width}: {', '.join(features)}"
+        print(f"wrote {', '.join([f'{out}/features.npz ({shape})', *drawn])}")
+    common.barrier()

@@ -1,0 +1,159 @@
+"""From run folders to tables: means with 95 % intervals over seeds, paired differences, costs.
+
+Legend: a column is one metric of one task; values: {method: {seed: fraction}}.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from safetensors import safe_open
+from scipy import stats
+
+from drawing.curves import COLOURS, read_run
+from plumbing.files import read_json, regular, write_atomic
+
+# ------------------------------------------------------------------------------ numbers of a column
+
+
+def interval(values):
+    """Numbers → (mean, low, high) of the 95 % t-interval of their mean; None, None below two."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return float(values.mean()), None, None
+    low = high = values.mean()
+    if np.ptp(values) > 0:
+        low, high = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    return float(values.mean()), float(low), float(high)
+
+
+def summary(values, reference):
+    """A column's values → {method: mean, low, high, seeds, difference to the reference}.
+
+    The difference is paired, over the seeds that both have.
+    """
+    out = {}
+    for method, own in values.items():
+        if not own:
+            continue
+        row = dict(zip(("mean", "low", "high"), interval(list(own.values()))), values=own)
+        other = values.get(reference, {})
+        both = sorted(set(own) & set(other))
+        if method != reference and both:
+            differences = [own[seed] - other[seed] for seed in both]
+            pair = zip(("mean", "low", "high"), interval(differences))
+            row["difference"] = dict(pair) | {"seeds": both}
+        out[method] = row
+    return out
+
+
+def figures_of(folder):
+    """metrics.json of a task, or the one encoder's figures of probe.json."""
+    if (Path(folder) / "metrics.json").exists():
+        return read_json(Path(folder) / "metrics.json")
+    found = read_json(Path(folder) / "probe.json")
+    return next(row for name, row in found.items() if name not in ("chance", "best possible"))
+
+
+def cost_of(folder):
+    """A finished pre-training → pictures seen, views of them, parameters of its encoder."""
+    rows, config = read_run(folder)
+    pictures = rows[-1]["step"] * int(config["batch"])
+    with safe_open(regular(Path(folder) / "encoder.safetensors"), "pt") as file:
+        sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]
+    views = pictures * int(config.get("views", 1))
+    return dict(pictures=pictures, views=views, parameters=sum(sizes))
+
+
+def seconds_of(path):
+    """times.jsonl → {folder: (seconds, was it ever cut off?)}."""
+    seconds, open_ = {}, {}
+    for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
+        row = json.loads(line)
+        name = row["folder"]
+        open_[name] = open_.get(name, 0) + (1 if "seconds" not in row else -1)
+        seconds[name] = seconds.get(name, 0.0) + row.get("seconds", 0.0)
+    return {name: (value, open_[name] > 0) for name, value in seconds.items()}
+
+
+# --------------------------------------------------------------------------------- text and picture
+
+
+def percent(value, sign=False):
+    """.4321 → 43.2"""
+    return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
+
+
+def cell(row, sign=False):
+    if row is None:
+        return "–"
+    text = percent(row["mean"], sign)
+    if row["low"] is not None:
+        text += f" [{percent(row['low'], sign)}, {percent(row['high'], sign)}]"
+    return text
+
+
+def markdown(result):
+    """The whole of table.json as text: per table the means, then the differences; costs, rates."""
+    methods, reference, lines = result["methods"], result["reference"], []
+    for table in dict.fromkeys(column["table"] for column in result["columns"]):
+        columns = [column for column in result["columns"] if column["table"] == table]
+        heads = [f"{column['task']} {column['metric']}" for column in columns]
+        seeds = len(result["seeds"])
+        lines += [f"## {table}", "", f"Percent; mean of {seeds} seeds [95 % t-interval].", ""]
+        lines += head(["method", *heads])
+        for method in methods:
+            cells = [cell(column["rows"].get(method)) for column in columns]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines += ["", f"Minus {reference}, paired by seed:", "", *head(["method", *heads])]
+        for method in [method for method in methods if method != reference]:
+            rows = [column["rows"].get(method, {}).get("difference") for column in columns]
+            cells = [cell(row, sign=True) for row in rows]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append("")
+    names = ["method", "pictures seen", "views", "encoder parameters", "pre-training, s", "rate"]
+    lines += ["## Costs", "", *head(names)]
+    for method, row in methods.items():
+        seconds = "–" if row["seconds"] is None else f"{row['seconds']:.0f}"
+        seconds += " or more" if row["cut"] else ""
+        counts = [f"{row[n]:,}" if row[n] else "–" for n in ("pictures", "views", "parameters")]
+        rate = "–" if row["rate"] is None else f"{row['rate']:g}"
+        lines.append(f"| {method} | " + " | ".join([*counts, seconds, rate]) + " |")
+    lines += ["", f"Seconds: mean of the counted seeds, {result['jobs']} cells at a time.", ""]
+    if result["failed"]:
+        lines += ["## Failed, not counted", ""]
+        lines += [f"- {name}: {why}" for name, why in result["failed"].items()] + [""]
+    return "\n".join(lines)
+
+
+def head(names):
+    return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+
+
+def draw(result, path):
+    """A panel per column: every method's mean with its interval, and its seeds as faint points."""
+    columns, methods = result["columns"], list(result["methods"])
+    across = min(4, len(columns))
+    down = -(-len(columns) // across)
+    size = 3.2 * across + 0.6, (0.9 + 0.26 * len(methods)) * down
+    figure = Figure(size, layout="constrained")
+    for number, column in enumerate(columns, 1):
+        axis = figure.add_subplot(down, across, number)
+        axis.set_title(f"{column['table']}: {column['task']}\n{column['metric']}", fontsize=9)
+        for y, method in enumerate(methods):
+            row = column["rows"].get(method)
+            if row is None:
+                continue
+            colour = COLOURS[1] if method == result["reference"] else COLOURS[0]
+            seeds = [100 * value for value in row["values"].values()]
+            axis.plot(seeds, [y] * len(seeds), "|", color=colour, alpha=0.4, markersize=9)
+            axis.plot([100 * row["mean"]], [y], "o", color=colour, markersize=5)
+            if row["low"] is not None:
+                axis.plot([100 * row["low"], 100 * row["high"]], [y, y], color=colour)
+        axis.set_yticks(range(len(methods)), methods if (number - 1) % across == 0 else [])
+        axis.set_ylim(len(methods) - 0.5, -0.5)
+        axis.tick_params(labelsize=8)
+        axis.grid(axis="x", color="0.92")
+    write_atomic(path, lambda part: figure.savefig(part, format="png", dpi=110))

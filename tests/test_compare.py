@@ -1,0 +1,205 @@
+"""experiments/: intervals against published t values and loops, the parts of data sets, and a
+comparison from its command line that is killed, goes on, and has a failing cell.
+"""
+
+import csv
+import json
+import math
+import signal
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+from PIL import Image
+from test_data import write_set
+
+from formats.coco import read_people
+from formats.market import read_data
+from plumbing.errors import UserError
+
+sys.path.append(str(ROOT / "experiments"))
+import compare  # noqa: E402
+import tables  # noqa: E402
+
+# Two-sided 95 % points of Student's t, from any printed table: degrees of freedom → t.
+STUDENT = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262}
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10])
+def test_the_interval_is_that_of_printed_tables(n):
+    values = np.random.default_rng(n).normal(0.4, 0.05, n)
+    mean, low, high = tables.interval(values)
+    spread = math.sqrt(sum((v - sum(values) / n) ** 2 for v in values) / (n - 1))
+    assert mean == pytest.approx(sum(values) / n)
+    for end, sign in ((low, -1), (high, 1)):
+        assert end == pytest.approx(mean + sign * STUDENT[n - 1] * spread / math.sqrt(n), abs=1e-4)
+
+
+def test_one_seed_has_no_interval_and_equal_seeds_an_empty_one():
+    assert tables.interval([0.3]) == (0.3, None, None)
+    assert tables.interval([0.25, 0.25, 0.25]) == (0.25, 0.25, 0.25)
+
+
+def test_differences_are_paired_over_the_seeds_that_both_have():
+    values = {"A": {0: 0.5, 1: 0.7, 2: 0.9}, "B": {0: 0.4, 1: 0.61, 3: 0.1}, "C": {}}
+    found = tables.summary(values, "A")
+    assert set(found) == {"A", "B"} and "difference" not in found["A"]
+    difference = found["B"]["difference"]
+    assert difference["seeds"] == [0, 1] and difference["mean"] == pytest.approx(-0.095)
+    assert difference["high"] - difference["mean"] == pytest.approx(12.706 * 0.005, rel=1e-3)
+    assert tables.cell(difference, sign=True) == "-9.5 [-15.9, -3.1]"
+    assert found["A"]["mean"] == pytest.approx(0.7)
+
+
+def finished(folder, **figures):
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text(json.dumps(figures))
+    (folder / "done").touch()
+
+
+def test_the_rate_is_the_best_on_all_validation_tasks_together(tmp_path):
+    rows = [compare.Row("", "one", "", ["mAP"]), compare.Row("", "two", "", ["mA"])]
+    for lr, one, two in ((0.001, 0.9, 0.1), (0.002, 0.6, 0.6), (0.004, 0.0, 0.9)):
+        finished(tmp_path / "select/one/M" / f"lr_{lr:g}", mAP=one)
+        finished(tmp_path / "select/two/M" / f"lr_{lr:g}", mA=two)
+    (tmp_path / "select/two/M/lr_0.004/done").unlink()  # failed: it cannot be chosen
+    work = SimpleNamespace(out=tmp_path, failed={})
+    found = compare.choose(work, compare.Method("M", "x {lr}"), [0.001, 0.002, 0.004], rows)
+    assert found["rate"] == 0.002 and found["scores"] == {0.001: 0.5, 0.002: pytest.approx(0.6)}
+    found = compare.choose(work, compare.Method("N", "x {lr}"), [0.001, 0.002], rows)
+    assert found["rate"] is None and "methods/N" in work.failed
+
+
+def test_seconds_of_a_cell_that_was_cut_off(tmp_path):
+    lines = [{"folder": "a"}, {"folder": "a"}, {"folder": "a", "seconds": 5.0}]
+    lines += [{"folder": "b"}, {"folder": "b", "seconds": 2.5}]
+    (tmp_path / "times.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = tables.seconds_of(tmp_path / "times.jsonl")
+    assert found == {"a": (5.0, True), "b": (2.5, False)}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"methods": ["A | pretrain.py blr={lr}"]}, "rates= is empty"),
+        ({"methods": ["A | pretrain.py x={what}"]}, "{what} in row"),
+        ({"methods": ["A | no.py"]}, "no script no.py"),
+        ({"methods": ["A", "A"]}, "once only"),
+        ({"tasks": ["real | a | probe.py"]}, "needs 4 parts"),
+        ({"reference": "B"}, "none of the methods A"),
+        ({"methods": ["A | pretrain.py {lr}"], "rates": [1.0, 2.0]}, "need a select row"),
+    ],
+)
+def test_rows_that_cannot_be_run_are_refused(change, words):
+    good = dict(sets=[], methods=["A"], select=[], rates=[], seeds=[0], reference="A", out="x")
+    good |= dict(lspet="l", market="m", coco="c", tasks=["real | a | experiments/probe.py | mAP"])
+    compare.check(SimpleNamespace(**good))
+    with pytest.raises(UserError, match=words):
+        compare.check(SimpleNamespace(**(good | change)))
+
+
+# ------------------------------------------------------------------------------------------- parts
+
+
+def test_parts_hold_other_people_and_prompts_the_same_words(tmp_path):
+    root = tmp_path / "market"
+    lines = ["image,hat"]
+    for folder in ("bounding_box_train", "query", "bounding_box_test"):
+        (root / folder).mkdir(parents=True)
+    for person in range(1, 9):
+        for camera in (1, 2):
+            for n in range(2):
+                name = f"{person:04d}_c{camera}s1_{n}.jpg"
+                Image.new("RGB", (8, 16)).save(root / "bounding_box_train" / name)
+                lines.append(f"market/bounding_box_train/{name},{person % 2}")
+    (tmp_path / "attributes.csv").write_text("\n".join(lines) + "\n")
+    people = write_set(tmp_path / "set", n_poses=8, per_pose=4)
+    document = json.loads(people.read_text())
+    for i, row in enumerate(document["annotations"]):
+        row["attributes"] = {"female": i % 2, "up_red": int(i < 20), "hat": i % 3}
+    people.write_text(json.dumps(document))
+    words = [f"market={root}", f"attributes={tmp_path}/attributes.csv", f"poses={people}"]
+    words += [f"prompts={people}", "group=3", f"out={tmp_path}/parts"]
+    done = run_script("experiments/parts.py", *words)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "parts"
+    train, query, gallery, _ = read_data(out / "market")
+    assert len(np.unique(train.ids)) == 6 and len(np.unique(query.ids)) == 2
+    assert not set(train.ids) & set(query.ids) and set(query.ids) == set(gallery.ids)
+    assert len(train.ids) == 24 and len(query.ids) == 4 and len(gallery.ids) == 4
+    for part, ids in (("train", train.ids), ("val", query.ids)):
+        with open(out / f"attributes_{part}.csv", newline="") as file:
+            head, *rows = csv.reader(file)
+        assert head == ["image", "hat"]
+        assert {int(row[0].rsplit("/", 1)[1][:4]) for row in rows} == set(ids.tolist())
+    both = [read_people(out / "poses" / f"{part}.json")[0] for part in ("train", "val")]
+    assert [len(p.files) for p in both] == [24, 8]
+    assert not set(both[0].files.tolist()) & set(both[1].files.tolist())
+    grouped = json.loads((out / "prompts/annotations.json").read_text())["annotations"]
+    members = {}
+    for row in grouped:
+        said = row["attributes"]["female"], row["attributes"]["up_red"]
+        members.setdefault(row["pose_id"], []).append(said)
+    assert len(members.pop(-1)) == 2  # 10 = 3·3 + 1 twice; 6 = 2·3 twice
+    assert len(members) == 10 and all(len(m) == 3 and len(set(m)) == 1 for m in members.values())
+    assert (
+        len(read_people(out / "prompts/annotations.json")[0].files) == 32
+    )  # its pictures are found
+
+
+# -------------------------------------------------------------------------------- the whole command
+
+
+def test_a_comparison_is_killed_goes_on_and_names_what_failed(tmp_path, monkeypatch):
+    train, held = write_set(tmp_path / "train", n_poses=8), write_set(tmp_path / "held", n_poses=5)
+    small = f"annotations={train} size=tiny height=64 width=32 patch=8 pictures_per_pose=3 batch=12"
+    small += " warmup_epochs=0.5 workers=0 save_every=1 device=cpu"
+    probe = f"experiments/probe.py encoders={{encoder}} size=tiny height=64 width=32 poses={held}"
+    lines = ["methods:", "  - scratch", f"  - GenPoCCL | pretrain.py {small} epochs=20"]
+    lines += [f"  - broken | pretrain.py {small} epochs=1 annotations={tmp_path}/nothing.json"]
+    lines += ["tasks:", f"  - puppet | probe | {probe} workers=0 patch=8 | oks_cls_held"]
+    config, out = tmp_path / "compare.yaml", tmp_path / "out"
+    config.write_text("\n".join(lines) + "\n")
+    words = ["--cfg", config, f"out={out}", "seeds=0", "jobs=2"]
+
+    process = run_script("experiments/compare.py", *words, start_only=True)
+    run, end = out / "methods/GenPoCCL/one_rate/seed_0", time.time() + 200
+    while not (run / "last.pt").exists() and time.time() < end and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stderr.close()
+    log = (run / "log.jsonl").read_text()
+    assert log and not (run / "done").exists() and not (out / "table.json").exists()
+
+    done = run_script("experiments/compare.py", *words)
+    assert done.returncode == 0, done.stderr
+    said = (out / "methods/GenPoCCL/one_rate/seed_0.log").read_text()
+    assert "continues after step" in said  # of the killed cell, by the script itself
+    table = json.loads((out / "table.json").read_text())
+    (column,) = table["columns"]
+    assert set(column["rows"]) == {"scratch", "GenPoCCL"}
+    assert "nothing.json" in table["failed"]["methods/broken/one_rate/seed_0"]
+    assert "its encoder is missing" in table["failed"]["tasks/probe/broken/one_rate/seed_0"]
+    assert "failed: methods/broken" in done.stderr
+    cost = table["methods"]["GenPoCCL"]
+    assert cost["pictures"] == 20 * 2 * 12 and cost["views"] == 2 * cost["pictures"] and cost["cut"]
+    own = json.loads((out / "tasks/probe/GenPoCCL/one_rate/seed_0/probe.json").read_text())
+    encoder = next(v for k, v in own.items() if k not in ("chance", "best possible"))
+    assert column["rows"]["GenPoCCL"]["values"] == {"0": encoder["oks_cls_held"]}
+    text = (out / "table.md").read_text()
+    assert "| GenPoCCL | " in text and "Failed, not counted" in text and "or more" in text
+    assert (out / "table.png").stat().st_size > 0
+
+    # Nothing that is done runs again; a changed row does not keep old figures.
+    before = (out / "times.jsonl").read_text()
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
+    config.write_text("\n".join(line for line in lines if "broken" not in line) + "\n")
+    compare.main()
+    assert (out / "times.jsonl").read_text() == before
+    config.write_text(config.read_text().replace("epochs=20", "epochs=21"))
+    with pytest.raises(UserError, match="was started by another command"):
+        compare.main()
