@@ -1,5 +1,6 @@
 """The numbers of the downstream tasks, each read beside its stage script.
 
 pose.py, pose_metrics.py: 2-D pose. ranking.py, reid.py: ReID. attributes.py. text.py: text-to-image
-ReID. features.py: one vector per picture. audit.py: how well generated people keep their pose.
+ReID. features.py: one vector per picture. probe.py: what frozen features know. audit.py: how well
+generated people keep their pose.
 """
