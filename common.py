@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from plumbing import errors
-from plumbing.config import read_yaml
+from plumbing.config import MACHINE, Key, read_config, read_yaml
 from plumbing.errors import Stopped, UserError, run_stage
 from plumbing.files import (
     load_checkpoint,

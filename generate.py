@@ -35,13 +35,12 @@ from PIL import Image
 
 import common
 import puppet
-from common import UserError
+from common import MACHINE, Key, UserError, read_config
 from drawing import skeletons
 from formats.coco import MIN_SCORE, Limits, read_people, write_people
 from formats.prompts import check_prompts, people_of_prompts, read_prompts
 from plumbing import diffusion
 from plumbing.chunks import Chunks, Progress, clean_up, mark_done, person_row, report, same_size
-from plumbing.config import MACHINE, Key, read_config
 from tasks.audit import Auditor
 
 # Another condition is one more entry: (backend, its name) → (draw, its adapter on the hub or None).
