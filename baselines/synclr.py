@@ -225,19 +225,16 @@ class SynCLR(nn.Module):
 
         # Eq.  L_mp(a) = −Σ_j p_ij log q_ij,  q_ij = exp(a_i·b_j/τ) / Σ_k exp(a_i·b_k/τ):
         # a of the student, b of the teacher; p_ij alike for all pictures j of i's caption.
-        positive, column = pair_masks(caption)  # (B, M): not the own picture
-        mp = caption_loss(z, candidates, positive, column, self.tau_mp)
+        mp = caption_loss(z, candidates, *pairs_of(caption), self.tau_mp)
 
         # A local crop also has its own picture's global crop for a positive.
         mp_local = torch.zeros_like(mp)
         if local is not None:
             small = parts.at_size(student.encoder, local.shape[-2:])
             z_local = self.predictor(student.projector(small(local)[:, 0])).split(len(images))
-            id_all = gather_rows_of(caption)
-            column = (caption >= 0)[:, None] & (id_all >= 0)
-            positive = column & (caption[:, None] == id_all)
+            pairs = pairs_of(caption, own=True)
             for crop in z_local:
-                mp_local = mp_local + caption_loss(crop, candidates, positive, column, self.tau_mp)
+                mp_local = mp_local + caption_loss(crop, candidates, *pairs, self.tau_mp)
             mp_local = mp_local / len(z_local)
 
         # L_iBOT = −1/(m·n) Σ over masked patches Σ_k target_k log softmax(cosine_k / τ)
@@ -282,6 +279,16 @@ def mlp(width, hidden, out, layers):
     for layer in steps[::3]:
         nn.init.trunc_normal_(layer.weight, std=0.02)
     return nn.Sequential(*steps)
+
+
+def pairs_of(caption, own=False):
+    """caption (B,) → positive, column (B, M) bool: who is a positive of each anchor, and who is in
+    its softmax. own: the anchor's own picture too, for crops that its candidate was not made of."""
+    if not own:
+        return pair_masks(caption)
+    id_all = gather_rows_of(caption)
+    column = (caption >= 0)[:, None] & (id_all >= 0)
+    return column & (caption[:, None] == id_all), column
 
 
 def caption_loss(anchors, candidates, positive, column, tau):

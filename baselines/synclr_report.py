@@ -20,13 +20,7 @@ COLOURS = [tuple(int(255 * c) for c in colour) for colour in matplotlib.colormap
 
 @torch.no_grad()
 def evaluate(cfg, network, people):
-    """neighbours.png, prototypes.png, and figures: what makes two pictures alike to [CLS]?
-
-    Of the first 512 pictures, uncropped. → dict: same_caption, the share of them whose nearest
-    other picture is of their caption, beside chance; pose_distance, how far the joints of the
-    nearest picture of *another* caption are, as a share of the mean distance: 1 = [CLS] knows no
-    pose. Left out where nobody has joints.
-    """
+    """neighbours.png, prototypes.png of the first 512 pictures, uncropped. → likeness of [CLS]."""
     encoder, size = network.encoder.eval(), (cfg.height, cfg.width)
     plain = Augmentation(crop_min=1.0, shared="nothing")
     dataset = PretrainPictures(people, size, cfg.seed, plain)
@@ -38,13 +32,22 @@ def evaluate(cfg, network, people):
     caption = torch.tensor([int(sample["pose_id"]) for sample in samples])
     neighbour_sheet(images, cls, caption.tolist(), f"{cfg.out}/neighbours.png", "[CLS]")
     draw_prototypes(network, images, f"{cfg.out}/prototypes.png")
+    return likeness(cls, caption, torch.stack([sample["keypoints"] for sample in samples]))
 
-    near = (cls @ cls.T).fill_diagonal_(-2)
+
+def likeness(z, caption, keypoints):
+    """What makes two pictures alike? z (M, D) of length 1, caption (M,), keypoints (M, 17, 3) px.
+
+    → dict: same_caption, the share of pictures whose nearest other picture is of their caption,
+    and what it is by chance; pose_distance, how far the joints of the nearest picture of *another*
+    caption are, their middle aside, as a share of the mean distance: 1 = z knows no pose. That is
+    left out where nobody has joints.
+    """
+    near = (z @ z.T).fill_diagonal_(-2)
     same = (caption[:, None] == caption) & (caption >= 0)
     found = same.gather(1, near.argmax(1)[:, None]).float().mean()
     same.fill_diagonal_(False)
     figures = dict(same_caption=found, same_caption_by_chance=same.sum() / len(same) ** 2)
-    keypoints = torch.stack([sample["keypoints"] for sample in samples])  # (M, 17, 3)
     seen = keypoints[:, :, 2] > 0
     if seen.any():
         xy = keypoints[:, :, :2] * seen[:, :, None]
@@ -68,8 +71,8 @@ def draw_prototypes(network, images, path):
     tokens = encoder(normalize(large.to(encoder.cls_token.device)))[:, encoder.n_special :]
     ids = network.head(tokens).argmax(2).cpu()  # (8, 4N)
     found, counts = ids.unique(return_counts=True)
-    common_ones = found[counts.argsort(descending=True, stable=True)][: len(COLOURS)].tolist()
-    colour = {k: COLOURS[i] for i, k in enumerate(common_ones)}
+    most = found[counts.argsort(descending=True, stable=True)][: len(COLOURS)].tolist()
+    colour = {k: COLOURS[i] for i, k in enumerate(most)}
     rows = []
     for picture, patches in zip(large, ids):
         picture = as_picture(picture.to(torch.uint8))
