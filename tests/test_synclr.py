@@ -21,7 +21,9 @@ from plumbing.errors import UserError
 
 SMALL = "size=tiny height=64 width=32 local_height=32 local_width=16 batch=16 local_crops=2 "
 SMALL += "projector_width=64 projector_out=32 head_width=64 prototypes=24 mask_ratio=0.5 "
-SMALL += "epochs=2 warmup_epochs=1 tau_warmup_epochs=1 blr=4.0e-3 device=cpu workers=0"
+SMALL += (
+    "epochs=2 warmup_epochs=1 tau_warmup_epochs=1 blr=4.0e-3 device=cpu workers=0 precision=fp32"
+)
 CPU = torch.device("cpu")
 
 
