@@ -31,8 +31,9 @@ import numpy as np
 
 from common import UserError
 from drawing.skeletons import people_sheet
-from formats.coco import MIN_SCORE, filled, write_image_captions, write_people
+from formats.coco import MIN_SCORE, write_image_captions, write_people
 from formats.joints import COCO_CATEGORY, COCO_JOINTS
+from formats.prompts import filled_in
 from plumbing.chunks import Chunks, Progress, clean_up, mark_done, person_row, report
 from plumbing.config import MACHINE, Key, read_config
 from plumbing.pictures import load_picture, pictures_at
@@ -132,7 +133,7 @@ class Models:
             return self.captioner.find(pictures)
         if self.cfg.captions == "template":
             seeds = [(common.PROMPT, self.cfg.seed, number) for number in numbers]
-            return [filled(self.cfg.prompt_template, common.rng_of(*seed)) for seed in seeds]
+            return [filled_in(self.cfg.prompt_template, common.rng_of(*seed)) for seed in seeds]
         return [None] * len(pictures)
 
 

@@ -12,9 +12,10 @@ Outputs  in `out`: images/POSE_K.jpg, one person each; annotations.json (COCO-17
   python generate.py --cfg configs/generate_demo.yaml                           # puppet, laptop
   torchrun --nproc_per_node=8 generate.py --cfg configs/generate_coco_t2i.yaml  # paper's GenCOCO
 
-Backends: t2i_adapter (Stable Diffusion 1.4 + T2I-Adapter, the paper's), controlnet (SD 1.5), and
-puppet, drawn people without weights or network (puppet/), who also make a set for the downstream
-tasks, task=people. A killed run, started again with any number of ranks, makes what is missing.
+Backends: t2i_adapter (Stable Diffusion 1.4 + T2I-Adapter, the paper's), controlnet (SD 1.5), text
+(SD alone: K pictures of one prompt, in any pose, as StableRep and SynCLR train on), and puppet,
+drawn people without weights or network (puppet/), who also make a set for the downstream tasks,
+task=people. A killed run, started again with any number of ranks, makes what is missing.
 
 Legend: K pictures of a pose · n people of one source picture (joints are always COCO's 17) · sizes
 are (W, H), PIL's order · px, pixel centres at whole numbers; third column of keypoints 0 = missing.
@@ -30,11 +31,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 
 import puppet
 from common import UserError
 from drawing import skeletons
-from formats import coco
+from formats.coco import MIN_SCORE, Limits, read_people, write_people
+from formats.prompts import check_prompts, people_of_prompts, read_prompts
 from plumbing import diffusion
 from plumbing.chunks import Chunks, Progress, clean_up, mark_done, person_row, report, same_size
 from plumbing.config import MACHINE, Key, read_config
@@ -48,14 +51,17 @@ CONDITIONS = {
     ("t2i_adapter", "keypose"): (skeletons.draw_keypose, "TencentARC/t2iadapter_keypose_sd14v1"),
     ("t2i_adapter", "openpose"): (blended, "TencentARC/t2iadapter_openpose_sd14v1"),
     ("controlnet", "openpose"): (skeletons.draw_openpose, "lllyasviel/control_v11p_sd15_openpose"),
+    ("text", "none"): (lambda people, size: Image.new("RGB", size), None),  # not shown to anyone
 }
 
 KEYS = dict(
     out=Key("runs/generate", "run folder"),
     task=Key("pretrain", "pretrain: pose-consistent pictures; people: for the downstream tasks",
              choices=("pretrain", "people")),
-    backend=Key("puppet", "picture generator", "[paper] t2i_adapter",
-                ("t2i_adapter", "controlnet", "puppet")),
+    backend=Key("puppet", "picture generator", "[paper] t2i_adapter; text: [StableRep] [SynCLR]",
+                ("t2i_adapter", "controlnet", "text", "puppet")),
+    positives=Key("auto", "what a group's pictures share; auto: prompt with text, else pose",
+                  "[paper] pose; prompt: [StableRep] [SynCLR]", ("auto", "pose", "prompt")),
     seed=MACHINE["seed"],
     # poses and prompts
     annotations=Key(None, "COCO JSON of poses; none: the puppet samples them", "[paper] COCO"),
@@ -66,7 +72,7 @@ KEYS = dict(
     pictures_per_pose=Key(5, "K, pictures of each pose", "[paper, inferred]", low=1),
     poses=Key(0, "take the first so many; 0: all (the sampling puppet needs a number)", low=0),
     first_pose=Key(0, "number of the first sampled pose, or given ones to pass over", low=0),
-    min_score=Key(coco.MIN_SCORE, "joints visible from this score on, where annotations hold "
+    min_score=Key(MIN_SCORE, "joints visible from this score on, where annotations hold "
                   "scores", "[HRNet] [ViTPose]", low=0.01, high=1),
     min_joints=Key(1, "leave out people with fewer joints", "[silent]", low=1, high=17),
     min_side=Key(0, "leave out people whose crop has a shorter side, px", "[silent]", low=0),
@@ -109,14 +115,18 @@ def main():
 
     # Poses and prompts. What can be wrong with them is found before the run folder is made.
     people, rows, left_out, about = None, None, Counter(), "poses sampled by the puppet"
+    prompts = None
     if cfg.annotations:
         people, rows, left_out, about = read_poses(cfg)
+    elif cfg.backend == "text":
+        people, prompts, about = people_of_prompts(cfg)
+        rows = range(len(people.files))
     if cfg.task == "people":
         units, make = puppet.people_set.plan(cfg)
     elif cfg.backend == "puppet":
         units, make = puppet.pose_set.plan(cfg, people, rows)
     else:
-        units, make = plan_painting(cfg, people, rows, ranks.device)
+        units, make = plan_painting(cfg, people, rows, prompts, ranks.device)
     if is_finished(asked, ranks):  # makes the run folder
         return
 
@@ -149,9 +159,9 @@ def main():
 def read_poses(cfg):
     """→ (People with COCO-17 joints, everybody; rows (n,) to make pictures of; Counter of people
     left out and why; a sentence about what was read)."""
-    limits = coco.Limits(min_score=cfg.min_score, max_bad_boxes=cfg.max_bad_boxes)
+    limits = Limits(min_score=cfg.min_score, max_bad_boxes=cfg.max_bad_boxes)
     limits = limits._replace(check_pictures=False)  # nothing is read but their poses
-    given, notes = coco.read_people(cfg.annotations, limits=limits)
+    given, notes = read_people(cfg.annotations, limits=limits)
     people = puppet.coco17(given)
     known = len(set(given.joints) & set(people.joints))
     about = f"{len(people.files)} people, {known} of COCO's 17 joints recognised"
@@ -172,39 +182,18 @@ def read_poses(cfg):
     return people, rows, +left_out, about
 
 
-def read_prompts(cfg, image_ids):
-    """One prompt per source picture, the same for its K pictures [paper]. → {image id: text}"""
-    captions = coco.read_image_captions(cfg.captions) if cfg.captions else {}
-    lines = [cfg.prompt_template] if cfg.prompt_template else []
-    if cfg.prompt_file:
-        lines = [line.strip() for line in common.read_text(cfg.prompt_file).splitlines()]
-        lines = [line for line in lines if line]
-        if not lines:
-            raise UserError(f"prompt_file {cfg.prompt_file} holds no prompt")
-    prompts = {}
-    for i in image_ids:
-        rng = common.rng_of(common.PROMPT, cfg.seed, i)
-        # paper silent: which of COCO's five captions. One at random, the same for all K pictures.
-        texts = captions.get(i, lines)
-        if not texts:
-            n = sum(i not in captions for i in image_ids)
-            what = f"no caption for image {i} ({n} of {len(image_ids)} lack one)"
-            raise UserError(f"{cfg.captions}: {what}; give prompt_template= or prompt_file=")
-        prompts[i] = texts[rng.integers(len(texts))]
-        if i not in captions:
-            prompts[i] = coco.filled(prompts[i], rng)
-    return prompts
-
-
 # ------------------------------------------------------- diffusion: from a pose to K pictures of it
 
 
-def plan_painting(cfg, people, rows, device):
-    """→ (ids of the source pictures, make(ids) → ([(files, row)], pictures painted again))."""
+def plan_painting(cfg, people, rows, prompts, device):
+    """→ (ids of the source pictures, make(ids) → ([(files, row)], pictures painted again)).
+
+    prompts: {image id: text} of backend=text, else None.
+    """
     # A whole picture is painted, with all its people; those wanted are cropped [paper, Fig. 3].
     wanted = rows_by_picture(people, rows)
     everybody = rows_by_picture(people, range(len(people.files)))
-    prompts = read_prompts(cfg, list(wanted))
+    prompts = prompts or read_prompts(cfg, list(wanted))
     pipe = diffusion.load_painter(cfg, device)
     auditor = Auditor(cfg.audit_model, device) if cfg.audit == "vitpose" else None
 
@@ -272,13 +261,15 @@ def paint(pipe, cfg, conditions, prompts, seeds):
     # Drawn on the CPU, so that the noise is the same on any device.
     noise = [torch.Generator().manual_seed(seed) for seed in seeds]
     width, height = conditions[0].size
-    strength = {diffusion.MODELS[cfg.backend][1]: cfg.adapter_weight}
+    shown = {}  # backend=text shows no condition: only its size counts
+    if cfg.backend != "text":
+        shown = {"image": conditions, diffusion.MODELS[cfg.backend][1]: cfg.adapter_weight}
     # One entry per picture. With num_images_per_prompt > 1 diffusers repeats the prompts AABB but
     # the adapter's features ABAB, and poses get each other's prompts.
     result = pipe(
-        prompt=prompts, image=conditions, generator=noise, width=width, height=height,
+        prompt=prompts, generator=noise, width=width, height=height,
         negative_prompt=[cfg.negative_prompt] * len(prompts), num_images_per_prompt=1,
-        num_inference_steps=cfg.steps, guidance_scale=cfg.guidance, output_type="np", **strength,
+        num_inference_steps=cfg.steps, guidance_scale=cfg.guidance, output_type="np", **shown,
     )  # fmt: skip
     return diffusion.accepted(pipe, result)
 
@@ -329,7 +320,8 @@ def crop_people(cfg, source, k, seed, picture, auditor):
         crop, keypoints = source.crop(picture, n)
         row = person_row(keypoints, [0, 0, *crop.size], float(source.areas[n]))
         row |= dict(pose_id=pose, k=k, caption=source.prompt, seed=seed)
-        row |= dict(source_image_id=source.image_id, source_annotation_id=pose)
+        if cfg.annotations:
+            row |= dict(source_image_id=source.image_id, source_annotation_id=pose)
         if auditor:
             row["oks"] = round(float(oks[n]), 4)
         row |= dict(file_name=f"{pose}_{k}.{cfg.picture_format}", size=crop.size)
@@ -342,16 +334,19 @@ def write_lists(cfg, work, left_out):
     summary, skipped = work.summary(cfg.pictures_per_pose)
     left_out = Counter(row["skipped"] for row in skipped) + left_out
     if not summary["poses"]:
-        none = f"no pose of {cfg.annotations} gave {cfg.pictures_per_pose} pictures"
+        source = cfg.annotations or cfg.captions or "prompts"
+        none = f"no {cfg.positives} of {source} gave {cfg.pictures_per_pose} pictures"
         raise UserError(f"{none}: {', '.join(left_out)}; nothing to write in {cfg.out}")
-    info = f"generate.py, {cfg.backend}, seed {cfg.seed}; fields: docs/annotations.md"
-    coco.write_people(Path(cfg.out) / "annotations.json", info, work.pictures)
-    puppets = cfg.backend == "puppet"
+    info = f"generate.py, {cfg.backend}, seed {cfg.seed}; pictures of one pose_id share their "
+    info += f"{cfg.positives}; fields: docs/annotations.md"
+    write_people(Path(cfg.out) / "annotations.json", info, work.pictures)
+    puppets, prompts = cfg.backend == "puppet", cfg.positives == "prompt"
     draw = skeletons.draw_keypose if puppets else CONDITIONS[cfg.backend, cfg.condition][0]
-    title = f"{cfg.backend}: every row one pose, every column one seed"
+    draw = None if prompts else draw  # pictures of a prompt share no pose to draw
+    title = f"{cfg.backend}: every row one {cfg.positives}, every column one seed"
     shown = work.groups(summary["poses"], cfg.pictures_per_pose, cfg.sheet_rows)
-    # The pictures of a pose share their prompt; each of the puppet's has a caption of its own.
-    skeletons.condition_sheet(shown, draw, cfg.out, title, captions=not puppets)
+    # Pictures of a group share their prompt, but for the puppet's of one pose.
+    skeletons.condition_sheet(shown, draw, cfg.out, title, captions=prompts or not puppets)
     return summary | dict(left_out=dict(left_out), poses_skipped=skipped[:100])
 
 
@@ -372,20 +367,20 @@ def check(cfg):
     """What single keys cannot say. Fills in the defaults that depend on the backend."""
     if cfg.task == "people":
         puppet.people_set.check(cfg)
+    if cfg.positives == "auto":
+        cfg.positives = "prompt" if cfg.backend == "text" else "pose"
     if cfg.backend == "puppet":
         puppet.pose_set.check(cfg, KEYS)
         return
-    if cfg.annotations is None:
-        raise UserError(f"backend={cfg.backend} needs poses: annotations= (a COCO keypoint JSON)")
-    if not (cfg.captions or cfg.prompt_template or cfg.prompt_file):
-        how = "captions=, prompt_template= or prompt_file="
-        raise UserError(f"backend={cfg.backend} needs prompts: {how}")
+    check_prompts(cfg, KEYS)
     own = [condition for backend, condition in CONDITIONS if backend == cfg.backend]
     if cfg.condition == "auto":
         cfg.condition = own[0]
     if cfg.condition not in own:
         raise UserError(f"backend={cfg.backend} takes condition={' or '.join(own)}")
     cfg.model = cfg.model or diffusion.MODELS[cfg.backend][0]
+    if cfg.backend == "text":
+        return
     cfg.adapter = cfg.adapter or CONDITIONS[cfg.backend, cfg.condition][1]
     if cfg.adapter is None:
         raise UserError(f"condition={cfg.condition} has no adapter by default; give adapter=")

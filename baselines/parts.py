@@ -1,5 +1,5 @@
 """What two or more neighbouring methods need: keys, several crops of a picture, a teacher that is
-the moving average of its student, a queue of keys, an encoder for smaller pictures.
+the moving average of its student, a queue of keys, an encoder for smaller pictures, DINO's head.
 
 Legend: B pictures on this rank · M on all ranks · D width · g global, l local crops of a picture ·
 H, W picture.
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from data import PretrainPictures, grown_region, padded_box, random_crop
 from formats.coco import MIN_SCORE, Limits, read_people
-from losses import gather_rows_of
+from losses import full_precision, gather_rows_of, no_autocast
 from model import SIZES
 from plumbing.config import Key
 from plumbing.pictures import load_picture
@@ -122,6 +122,27 @@ def at_size(encoder, size):
     positions = positions.flatten(2).transpose(1, 2)
     small._parameters["pos_embed"] = nn.Parameter(positions, requires_grad=False)
     return small
+
+
+class Head(nn.Module):
+    """[DINO] three layers → 256, of length 1 → (…, out) cosines with prototypes (weight norm 1)."""
+
+    def __init__(self, width, hidden, out):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            *(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU()),
+            nn.Linear(hidden, 256),
+        )
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.last = nn.Linear(256, out, bias=False)
+
+    def forward(self, x):
+        x = self.mlp(x)
+        with no_autocast(x):  # a cosine's third digit, divided by .04, would be lost in bf16
+            x, prototypes = full_precision(x, self.last.weight)
+            return F.linear(F.normalize(x, dim=-1), F.normalize(prototypes, dim=1))
 
 
 def cosine_between(step, total, start, end):

@@ -126,6 +126,7 @@ def condition_sheet(poses, draw, out, title, captions):
     """out/sheet.png: a row per pose, its condition drawn as `draw` does, then its K pictures.
 
     poses: for each the K annotations of generate.py, with file_name and size (w, h) of the picture.
+    draw: None where the pictures of a row share a prompt and no condition.
     captions: whether the label of a row says its caption.
     """
     grid, labels = [], []
@@ -133,15 +134,16 @@ def condition_sheet(poses, draw, out, title, captions):
     cell = (144, round(144 * min(2.0, max(0.75, shape))))
     for rows in poses:
         size = np.array(rows[0]["size"])
-        # Drawn at the size it is shown, with the line widths that the generator saw.
-        zoom = (cell / size).min()
-        skeleton = np.reshape(rows[0]["keypoints"], (17, 3)) * [zoom, zoom, 1]
-        condition = draw([skeleton], tuple(np.ceil(size * zoom).astype(int).tolist()))
-        grid.append([condition])
+        grid.append([])
+        if draw:
+            # Drawn at the size it is shown, with the line widths that the generator saw.
+            zoom = (cell / size).min()
+            skeleton = np.reshape(rows[0]["keypoints"], (17, 3)) * [zoom, zoom, 1]
+            grid[-1].append(draw([skeleton], tuple(np.ceil(size * zoom).astype(int).tolist())))
         grid[-1] += [Image.open(Path(out) / "images" / row["file_name"]) for row in rows]
         told = rows[0]["caption"] if captions else ""
-        labels.append(f"pose {rows[0]['pose_id']}\n{told}")
-    heads = ["condition", *(f"k = {k}" for k in range(len(poses[0])))]
+        labels.append(f"{'pose' if draw else 'prompt'} {rows[0]['pose_id']}\n{told}")
+    heads = ["condition"] * bool(draw) + [f"k = {k}" for k in range(len(poses[0]))]
     width = 160 if captions else 100
     sheet(grid, Path(out) / "sheet.png", labels, heads, title, (*cell, width))
 

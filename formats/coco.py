@@ -5,7 +5,6 @@ Legend: N people · K joints. Frame: pixel centres at whole numbers; boxes are x
 
 import json
 import os
-import re
 from array import array
 from itertools import groupby
 from pathlib import Path
@@ -325,10 +324,3 @@ def write_image_captions(path, rows):
             file.write("\n]}\n")
 
     write_atomic(path, write)
-
-
-def filled(template, rng):
-    """A template with each {a|b|…} replaced by one of its words, drawn by NumPy's generator."""
-    parts = re.split(r"\{([^{}]*)\}", template)  # every second part stood in braces
-    parts[1::2] = [str(rng.choice(part.split("|"))) for part in parts[1::2]]
-    return "".join(parts)

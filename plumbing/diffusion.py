@@ -1,7 +1,7 @@
 """Pretrained pipelines for Stage 1, by diffusers: where they come from, and how they run.
 
-Stable Diffusion with a T2I-Adapter [paper] or a ControlNet; samplers, number format, and which of
-the painted pictures are refused. `cfg` is generate.py's config.
+Stable Diffusion with a T2I-Adapter [paper], a ControlNet, or alone; samplers, number format, and
+which of the painted pictures are refused. `cfg` is generate.py's config.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from plumbing.errors import UserError, in_a_line
 MODELS = {
     "t2i_adapter": ("CompVis/stable-diffusion-v1-4", "adapter_conditioning_scale"),  # [paper]
     "controlnet": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "controlnet_conditioning_scale"),
+    "text": ("stable-diffusion-v1-5/stable-diffusion-v1-5", None),  # [StableRep]
 }
 
 SAMPLERS = {  # diffusers' class, and how it spreads the steps over time (its own default)
@@ -41,6 +42,8 @@ def load_painter(cfg, device):
     if cfg.backend == "t2i_adapter":
         adapter = from_folder_or_hub(cfg.adapter, "adapter", diffusers.T2IAdapter.from_pretrained)
         load = partial(diffusers.StableDiffusionAdapterPipeline.from_pretrained, adapter=adapter)
+    elif cfg.backend == "text":
+        load = diffusers.StableDiffusionPipeline.from_pretrained
     else:
         load = diffusers.ControlNetModel.from_pretrained
         net = from_folder_or_hub(cfg.adapter, "adapter", load)

@@ -105,11 +105,7 @@ def sample_person(rng):
     bags = {"none": 66, "shoulder bag": 20, "handbag": 14}
     p["bag"] = "none" if p["backpack"] else choose(rng, bags)
     p["bag_colour"], p["bag_left"] = choose(rng, UP_COLOURS), bool(rng.random() < 0.5)
-    coloured = "hat_colour upper_colour upper_second inner lower_colour lower_second shoes"
-    for key in [*coloured.split(), "bag_colour"]:
-        denim = key == "lower_colour" and p["lower"] == "jeans" and p[key] == "blue"
-        p[key.removesuffix("_colour") + "_rgb"] = colour_of(rng, "denim" if denim else p[key])
-    p["hair_rgb"] = colour_of(rng, p["hair_colour"], HAIRS)
+    p |= shades(p, rng)
     # The period of stripes in metres; where in the texture the folds begin.
     p["period"], p["texture"] = float(rng.uniform(0.07, 0.13)), rng.integers(0, 4096, 3)
     light = p["upper"] in ("shirt", "t-shirt", "blouse")
@@ -117,6 +113,28 @@ def sample_person(rng):
     # Air under the clothes in metres; the hair's length.
     p["loose"], p["mane"] = float(rng.uniform(0, 0.022)), float(rng.random())
     return p
+
+
+def shades(person, rng):
+    """Each colour that a person's words name, as the RGB of this one piece. → {…_rgb: (3,)}"""
+    p, out = person, {}
+    coloured = "hat_colour upper_colour upper_second inner lower_colour lower_second shoes"
+    for key in [*coloured.split(), "bag_colour"]:
+        denim = key == "lower_colour" and p["lower"] == "jeans" and p[key] == "blue"
+        out[key.removesuffix("_colour") + "_rgb"] = colour_of(rng, "denim" if denim else p[key])
+    return out | {"hair_rgb": colour_of(rng, p["hair_colour"], HAIRS)}
+
+
+# What neither `attributes` nor a sentence tells: build, skin, cut.
+UNTOLD = "stout skin period texture loose mane bag_left".split()
+
+
+def another_like(person, rng):
+    """Another person of the same description: attributes and any sentence are true of both, but
+    build, skin and the shades of the colours are his own."""
+    other = sample_person(rng)
+    p = person | {name: other[name] for name in UNTOLD}
+    return p | shades(p, rng)
 
 
 def attributes(person):

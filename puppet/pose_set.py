@@ -1,7 +1,9 @@
-"""The puppet's pose-consistent set: K pictures of each pose, sampled or given, a chunk at a time.
+"""The puppet's sets of K pictures that are positives of each other, a chunk at a time.
 
-What noise does in a diffusion model is done by hand here: person and place change with k. So every
-picture has a caption of its own.
+positives=pose: a pose, sampled or given, K times. What noise does in a diffusion model is done by
+hand here: person and place change with k. So every picture has a caption of its own.
+positives=prompt: a sentence K times, as text-to-image alone would paint it [StableRep, SynCLR]:
+whoever fits it, in another pose, view and place each time.
 """
 
 from functools import partial
@@ -12,9 +14,9 @@ from PIL import Image
 from plumbing.chunks import person_row
 from plumbing.config import Key
 from plumbing.errors import UserError
-from plumbing.seeds import PICTURE, WORDING, rng_of, seed_of
+from plumbing.seeds import PERSON, PICTURE, PROMPT, WORDING, rng_of, seed_of
 from puppet.body import sample_poses, take
-from puppet.figure import attributes, render, sample_identities, sentence
+from puppet.figure import Identities, another_like, attributes, render, sample_identities, sentence
 from puppet.lift import poses_from_keypoints
 from puppet.scene import sample_scenes
 
@@ -34,6 +36,9 @@ def check(cfg, keys):
         if getattr(cfg, name) != keys[name].default:
             why = "it draws people at their joints and tells what it drew"
             raise UserError(f"the puppet takes no {name}: {why}; leave {name}= out")
+    if cfg.positives == "prompt" and (cfg.task == "people" or cfg.annotations):
+        given = "task=people" if cfg.task == "people" else "annotations="
+        raise UserError(f"positives=prompt samples a pose for every picture: leave {given} out")
     if cfg.task == "pretrain" and cfg.annotations is None and cfg.poses == 0:
         raise UserError("without annotations= the puppet samples poses; say how many with poses=")
 
@@ -45,6 +50,8 @@ def plan(cfg, people, rows):
     can be drawn.
     """
     make = partial(draw_chunk, cfg, people)
+    if cfg.positives == "prompt":
+        make = partial(draw_prompts, cfg)
     if people is None:
         return range(cfg.first_pose, cfg.first_pose + cfg.poses), make
     # Most often the first person can be drawn, and the search ends there.
@@ -75,18 +82,46 @@ def draw_chunk(cfg, people, units):
             rows.append(({}, dict(pose_id=pose, skipped="outside the picture")))
             continue
         for k, (person, seed) in enumerate(zip(persons.people, seeds)):
-            box, caption = made["boxes"][k].tolist(), sentence(person, rng_of(WORDING, seed))
-            row = person_row(made["keypoints"][k], box, box[2] * box[3])
-            row |= dict(pose_id=pose, k=k, caption=caption, seed=seed)
-            row |= dict(file_name=f"{pose}_{k}.{cfg.picture_format}", attributes=attributes(person))
-            metres = made["joints3d"][k].tolist()  # in the camera's frame
-            row["joints3d"] = [[round(v, 4) for v in xyz] for xyz in metres]
+            about = dict(pose_id=pose, k=k, seed=seed)
+            about["caption"] = sentence(person, rng_of(WORDING, seed))
+            about["attributes"] = attributes(person)
             if people is not None:
-                row["source_image_id"] = int(people.image_id[units[p]])
-                row["source_annotation_id"] = pose
-            row["size"] = (cfg.width, cfg.height)
-            files = {f"images/{row['file_name']}": Image.fromarray(made["image"][k])}
-            if cfg.parts:
-                files[f"parts/{pose}_{k}.png"] = Image.fromarray(made["parts"][k])
-            rows.append((files, row))
+                about["source_image_id"] = int(people.image_id[units[p]])
+                about["source_annotation_id"] = pose
+            rows.append(picture_of(cfg, made, k, about))
     return rows, 0
+
+
+def draw_prompts(cfg, units):
+    """→ ([({path: picture}, row)], 0), K pictures of each prompt's number: one sentence, K poses
+    and views, K people of whom it is true, K places."""
+    rows = []
+    for prompt in units:
+        # A seed of its own, not the bare number: task=people draws its people from theirs, and
+        # nobody of them may be in a set to pre-train on.
+        words = seed_of(PROMPT, cfg.seed, prompt)
+        described = sample_identities(cfg.seed, [words]).people[0]
+        caption = sentence(described, rng_of(WORDING, words))
+        seeds = [seed_of(PICTURE, cfg.seed, prompt, k, 0) for k in range(cfg.pictures_per_pose)]
+        people = [another_like(described, rng_of(PERSON, cfg.seed, seed)) for seed in seeds]
+        scenes, size = sample_scenes(cfg.seed, seeds), (cfg.height, cfg.width)
+        made = render(sample_poses(cfg.seed, seeds), Identities(people), scenes, size)
+        for k, seed in enumerate(seeds):
+            about = dict(pose_id=prompt, k=k, seed=seed, caption=caption)
+            about["attributes"] = attributes(described)
+            rows.append(picture_of(cfg, made, k, about))
+    return rows, 0
+
+
+def picture_of(cfg, made, k, about):
+    """Picture k of what `render` made, as ({path: picture}, row); about: fields of the row."""
+    box, name = made["boxes"][k].tolist(), f"{about['pose_id']}_{k}"
+    row = person_row(made["keypoints"][k], box, box[2] * box[3]) | about
+    row["file_name"] = f"{name}.{cfg.picture_format}"
+    metres = made["joints3d"][k].tolist()  # in the camera's frame
+    row["joints3d"] = [[round(v, 4) for v in xyz] for xyz in metres]
+    row["size"] = (cfg.width, cfg.height)
+    files = {f"images/{row['file_name']}": Image.fromarray(made["image"][k])}
+    if cfg.parts:
+        files[f"parts/{name}.png"] = Image.fromarray(made["parts"][k])
+    return files, row

@@ -159,7 +159,7 @@ def unfinished(tmp_path_factory):
     """A run whose chunks are all recorded, and which then died. → (its folder, a copy of it)"""
     out, copy = tmp_path_factory.mktemp("unfinished") / "run", tmp_path_factory.mktemp("copy")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate.coco, "write_people", fails)
+        patch.setattr(generate, "write_people", fails)
         with pytest.raises(RuntimeError, match="killed"):
             run(patch, [*PUPPET, f"out={out}"])
     shutil.copytree(out, copy / "run")

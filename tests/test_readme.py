@@ -93,6 +93,11 @@ SMALL = {
 }
 
 
+def stage_of(script):
+    """ "baselines/synclr.py" → its module."""
+    return importlib.import_module(script.removesuffix(".py").replace("/", "."))
+
+
 def words_of(command):
     """→ (script, its arguments)."""
     words = shlex.split(os.path.expandvars(command), comments=True)
@@ -113,7 +118,7 @@ def test_command_is_valid_with_its_config(command, monkeypatch):
     """
     monkeypatch.chdir(ROOT)
     script, arguments = words_of(command)
-    stage = importlib.import_module(Path(script).stem)
+    stage = stage_of(script)
     cfg = read_config(stage.KEYS, stage.__doc__, arguments)
     check = getattr(stage, "check", None) or getattr(stage, "check_config", None)
     if check and not getattr(cfg, "predict", None):  # predict looks for its folder
@@ -141,10 +146,16 @@ def test_example_lines_name_what_the_demo_writes(monkeypatch):
     monkeypatch.chdir(ROOT)
     folders = demo_folders()
     assert {"runs/demo/people", "runs/demo/pretrain", "runs/demo/t2i_pretrained"} <= folders
+    # What a neighbouring method needs beside that, its config's head makes.
+    folders |= {
+        read_config(stage_of("generate.py").KEYS, "", ["--cfg", str(path)]).out
+        for path in CONFIGS
+        if path.name.startswith("generate_")
+    }
     named = set()
     for command in COMMANDS + HEADS:
         script, arguments = words_of(command)
-        cfg = read_config(importlib.import_module(Path(script).stem).KEYS, "", arguments)
+        cfg = read_config(stage_of(script).KEYS, "", arguments)
         values = {name: value for name, value in vars(cfg).items() if isinstance(value, str)}
         values.pop("out", None)
         named |= {"/".join(v.split("/")[:3]) for v in values.values() if v.startswith("runs/demo/")}
@@ -158,6 +169,8 @@ def test_heads_are_read():
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_is_valid(path):
     prefix = path.stem.split("_")[0]
+    if (ROOT / f"baselines/{prefix}.py").exists():
+        prefix = f"baselines.{prefix}"
     stage = importlib.import_module(
         prefix if prefix != "finetune" else "_".join(path.stem.split("_")[:2])
     )
