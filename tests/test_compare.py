@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from coco_sets import write_set
 from conftest import ROOT, run_script
 from PIL import Image
-from test_data import write_set
 
 from formats.coco import read_people
 from formats.market import read_data

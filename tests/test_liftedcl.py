@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from coco_sets import write_set
 from conftest import kill_after, run_script
 from PIL import Image
 from scipy.linalg import orthogonal_procrustes
 from scipy.spatial import procrustes
 from scipy.spatial.transform import Rotation
-from test_data import write_set
 
 import common
 import puppet

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from coco_sets import write_set
 from conftest import ROOT, kill_after, run_script
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
-from test_data import write_set
 
 import common
 from drawing.curves import curves_figure

@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from coco_sets import write_set
 from conftest import kill_after, run_script
-from test_data import write_set
-from test_finetune_reid import PLAIN, market
+from reid_runs import PLAIN, market
 
 import finetune_reid
 from baselines import solider
