@@ -21,8 +21,8 @@ import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
 # isort: split
 import numpy as np
 
-from formats.coco import Limits, measured, people_at
 from formats.keypoints import coco_document
+from formats.people import Limits, measured, people_at
 from plumbing.config import Key, read_config
 from plumbing.errors import UserError, reading, run_stage
 from plumbing.files import new_files, read_mat, write_json
