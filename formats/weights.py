@@ -260,10 +260,9 @@ def read_encoder(cfg, path):
     A file of ours decides about everything. Others' weights are of cfg's size and patch, are given
     cfg's input, and have [POSE] where they have a register.
     """
-    settings, meta = (
-        SimpleNamespace(**vars(cfg) | dict(encoder=path, weights=None)),
-        encoder_meta(path),
-    )
+    asked = dict(freeze=False, semantic_weight=-1.0) | vars(cfg)
+    settings = SimpleNamespace(**asked | dict(encoder=path, weights=None))
+    meta = encoder_meta(path)
     if meta:
         settings.height, settings.width = int(meta["height"]), int(meta["width_px"])
     encoder, about = build_encoder(settings, reads_pose=False)
