@@ -31,7 +31,7 @@ the teacher's two passes are one where λ = 1. Both change no number.
 
 Prints, at the end: for λ = 0, .25, .5, .75, 1 how far apart parts of one person and same parts of
 different people are (solider_parts.py). Writes encoder.safetensors, semantics.png, semantics.json,
-labels.png, curves.png. DINO's loss starts at ln K, which is logged beside it.
+labels.png, curves.png. Beside DINO's loss stands ln K, that of a student which knows nothing.
 
 Legend: B pictures on this rank · g = 2 global, l local crops · N patches of a global crop · K
 prototypes · D width · S special tokens · R global crops with λ = 1 · H, W picture · h, w grid.

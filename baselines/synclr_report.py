@@ -3,7 +3,6 @@
 Legend: M pictures · N patches · K prototypes.
 """
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,8 +13,6 @@ from data import Augmentation, PretrainPictures
 from drawing.grids import as_picture, sheet
 from drawing.training import neighbour_sheet, two_a_row
 from model import normalize
-
-COLOURS = [tuple(int(255 * c) for c in colour) for colour in matplotlib.colormaps["tab20"].colors]
 
 
 @torch.no_grad()
@@ -62,24 +59,23 @@ def likeness(z, caption, keypoints):
 
 
 def draw_prototypes(network, images, path):
-    """Pictures, and over them the prototype of each patch: one colour each for the most common
-    ones. Seen at twice the size, which halves the patches."""
+    """Pictures, and over them the prototype of each patch: alike prototypes have alike colours, by
+    their first three principal components. Seen at twice the size, which halves the patches."""
     few = np.linspace(0, len(images) - 1, min(16, len(images))).round().astype(int)
     size = [2 * side for side in images.shape[2:]]
     encoder = parts.at_size(network.encoder, size)
     large = F.interpolate(images[few].float(), size, mode="bicubic").clamp(0, 255).round()
     tokens = encoder(normalize(large.to(encoder.cls_token.device)))[:, encoder.n_special :]
-    ids = network.head(tokens).argmax(2).cpu()  # (8, 4N)
-    found, counts = ids.unique(return_counts=True)
-    most = found[counts.argsort(descending=True, stable=True)][: len(COLOURS)].tolist()
-    colour = {k: COLOURS[i] for i, k in enumerate(most)}
+    found, ids = network.head(tokens).argmax(2).cpu().unique(return_inverse=True)  # ids (16, 4N)
+    vectors = F.normalize(network.head.last.weight.float().cpu(), dim=1)[found]
+    axes = torch.linalg.svd(vectors - vectors.mean(0), full_matrices=False)[2][:3]
+    place = F.pad((vectors @ axes.T).argsort(0).argsort(0), (0, 3 - len(axes)))  # ranks: all hues
+    colours = (255 * place / max(1, len(found) - 1)).to(torch.uint8)  # (found, 3)
     rows = []
-    for picture, patches in zip(large, ids):
-        picture = as_picture(picture.to(torch.uint8))
-        flat = [colour.get(k, (200, 200, 200)) for k in patches.tolist()]
-        map_ = np.array(flat, np.uint8).reshape(*encoder.grid, 3)
-        map_ = Image.fromarray(map_).resize(picture.size, Image.Resampling.NEAREST)
-        grey = picture.convert("L").convert("RGB")
-        rows.append([picture, Image.blend(grey, map_, 0.55)])
-    used = f"{len(found)} of {network.head.last.out_features} prototypes seen here"
-    sheet(two_a_row(rows), path, None, None, f"Prototype of each patch; {used}", (96, 192))
+    for picture, patches in zip(large.to(torch.uint8), ids):
+        picture = as_picture(picture)
+        told = Image.fromarray(colours[patches].view(*encoder.grid, 3).numpy())
+        told = told.resize(picture.size, Image.Resampling.NEAREST)
+        rows.append([picture, Image.blend(picture.convert("L").convert("RGB"), told, 0.6)])
+    title = f"Prototype of each patch; {len(found)} of {network.head.last.out_features} seen here"
+    sheet(two_a_row(two_a_row(rows)), path, None, None, title, (96, 192))

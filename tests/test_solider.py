@@ -143,7 +143,7 @@ def step_data(B=6, n_local=2):
     images = torch.randn(2, B, 3, 32, 16, generator=g, dtype=torch.float64)
     local = torch.randn(n_local, B, 3, 16, 8, generator=g, dtype=torch.float64)
     noise = torch.rand(4 + n_local, 12, B, generator=g, dtype=torch.float64)
-    return images, local, [1.0, 0.0, 1.0, 0.0, 1.0, 1.0], noise
+    return images, local, [1.0, 1.0, 0.0, 0.0, 1.0, 0.0], noise
 
 
 def tiny_solider(**changes):
