@@ -372,7 +372,7 @@ def finish(cfg, model, data, report, device):
     draw_sheet(model, shown, device, out / "gcl.png")
     common.write_json(out / "metrics.json", figures)
     draw_curves([out], out / "curves.png")
-    (out / "done").touch()
+    common.finish_run(cfg.out)
     for name in ("before", "after"):
         values = "  ".join(f"{key} {value:.4f}" for key, value in figures[name].items())
         print(f"{out}: {name:6} the joint stage  {values}")

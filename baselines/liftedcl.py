@@ -192,7 +192,7 @@ def main():
         figures = evaluate(cfg, student, real_bodies, ranks.device)
         log.write(step=total, epoch=cfg.epochs, **figures, final=True)
         sheets.draw_curves([cfg.out], Path(cfg.out) / "curves.png")
-        (Path(cfg.out) / "done").touch()
+        common.finish_run(cfg.out)
         print(f"error on {cfg.people} rendered people, turned and scaled onto the truth (PA-MPJPE)")
         print(f"  lifter {figures['mpjpe']:.1f} mm", end=", ")
         print(f"its skeletons dealt to other pictures {figures['mpjpe_dealt']:.1f} mm", end=", ")

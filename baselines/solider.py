@@ -177,7 +177,7 @@ def main():
     if ranks.rank == 0:
         log.say(show_parts(model.teacher.encoder, dataset, cfg.seed, cfg.foreground, Path(cfg.out)))
         draw_curves([cfg.out], Path(cfg.out) / "curves.png")
-        (Path(cfg.out) / "done").touch()
+        common.finish_run(cfg.out)
     log.say(f"wrote {cfg.out}/encoder.safetensors, semantics.png, labels.png, curves.png")
     common.barrier()
 

@@ -181,7 +181,7 @@ def main():
         common.write_json(Path(cfg.out) / "metrics.json", figures)
         print("\n".join(f"{name}: {value}" for name, value in figures.items()))
         draw_curves([cfg.out], Path(cfg.out) / "curves.png")
-        (Path(cfg.out) / "done").touch()
+        common.finish_run(cfg.out)
     log.say(f"wrote {cfg.out}/encoder.safetensors, neighbours.png, prototypes.png, curves.png")
     common.barrier()
 

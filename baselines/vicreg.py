@@ -122,7 +122,7 @@ def main():
         ids = dataset.pose_id[: len(images)].tolist()
         neighbour_sheet(images, pose, ids, out / "neighbours.png", "[POSE]")
         draw_curves([cfg.out], out / "curves.png")
-        (out / "done").touch()
+        common.finish_run(cfg.out)
     common.barrier()
 
 

@@ -135,7 +135,7 @@ def predict(cfg, keys, ranks):
             pictures = ResizedPictures(people, encoder.image_size, range(N))
             files = [name.decode() for name in people.files]
             drawn = nearest_sheets(pictures, files, features, out)
-        (out / "done").touch()
+        common.finish_run(cfg.out)
         shape = f"{N} pictures x {encoder.width}: {', '.join(features)}"
         print(f"wrote {', '.join([f'{out}/features.npz ({shape})', *drawn])}")
     common.barrier()

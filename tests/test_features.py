@@ -76,7 +76,7 @@ def test_every_token_of_every_picture(folder, tmp_path, capsys):
     alone = np.load(tmp_path / "one/features.npz")
     np.testing.assert_allclose(alone["cls"], found["cls"][3:4], atol=1e-5)
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == [
-        *("config.yaml", "done", "features.npz")
+        *("config.yaml", "done", "features.npz", "run.json")
     ]
 
 
