@@ -127,11 +127,13 @@ def skeleton_sheet(pictures, found, truth, errors, path):
 
 def two_sides(skeleton, size=(192, 384)):
     """A unit skeleton (17, 3) → pictures of it from the camera and from the camera's right."""
+    widest = (skeleton.amax(0) - skeleton.amin(0))[[0, 2]].max()
+    scale = min(450, 0.9 * size[0] / float(widest))  # px; who stands is about .7 tall
     views = []
     for across in (0, 2):
         xy = skeleton[:, [across, 1]]
         middle = (xy.amin(0) + xy.amax(0)) / 2
-        xy = (xy - middle) * 400 + torch.tensor(size) / 2  # px; who stands is about .7 tall
+        xy = (xy - middle) * scale + torch.tensor(size) / 2
         points = torch.cat([xy, torch.ones_like(xy[:, :1])], 1).numpy()
         views.append(overlay(Image.new("RGB", size, PAPER), points, BONES, JOINTS))
     return views

@@ -60,7 +60,7 @@ from common import UserError
 from data import Augmentation
 from drawing import training as sheets
 from formats.weights import load_into, meta_of
-from losses import full_precision, no_autocast, sum_over_ranks, world_size
+from losses import full_precision, gather_rows_of, no_autocast, sum_over_ranks, world_size
 from model import SIZES, ViT, normalize
 from plumbing.config import MACHINE, Key, read_config
 from plumbing.seeds import CHOICE
@@ -180,7 +180,8 @@ def main():
         model["queue_var"].add(F.normalize(k_map.mean((2, 3)), dim=1))
         values = dict(loss=loss, inv=inv, var=var, adv=adv, grad_norm=norm, dis=loss_d)
         values |= dict(of_real=of_real.mean(), of_lifted=of_lifted.mean())
-        values |= dict(overlap=meets.float().mean(), norm=skeletons.norm(dim=(1, 2)).mean())
+        spread = gather_rows_of(skeletons).std(0).mean()  # near 0: one skeleton for all pictures
+        values |= dict(overlap=meets.float().mean(), spread=spread)
         log.record(step, lr, values, sample["index"], ~skeletons.sum((1, 2)).isfinite())
         if log.saves(step):
             log.flush()  # never save a broken model
