@@ -144,16 +144,13 @@ def main():
             q_inv, q_map, skeletons = run_student(normalize(crops[:, 0]))
             with torch.no_grad():
                 k_inv, k_map, _ = teacher(normalize(crops[:, 1]))
-        q_map, k_inv, k_map = full_precision(q_map, k_inv, k_map)
+        k_inv, k_map = full_precision(k_inv, k_map)
 
         # L_inv: the picture's other crop among pictures seen before.
         inv = info_nce(q_inv, k_inv, model["queue_inv"].keys, cfg.tau).mean()
         # L_var: the same place in the other crop among whole pictures seen before.
-        grid, meets = overlap_grid(box, mirrored)
-        q_cells, k_cells = at_points(q_map, grid[:, 0]), at_points(k_map, grid[:, 1])
-        var = info_nce(q_cells, k_cells, model["queue_var"].keys, cfg.tau).mean(1)  # (B,)
-        count = sum_over_ranks(meets.sum().to(var.dtype)).clamp(min=1)
-        var = world_size() * torch.where(meets, var, 0.0).sum() / count  # this rank's share
+        places = overlap_grid(box, mirrored)
+        var = place_loss(q_map, k_map, places, model["queue_var"].keys, cfg.tau)
         # L_adv: the discriminator takes the lifted skeleton for a body. Its gradient goes through
         # the lifter into the encoder; the discriminator itself stands still.
         judge.requires_grad_(False)
@@ -181,7 +178,7 @@ def main():
         values = dict(loss=loss, inv=inv, var=var, adv=adv, grad_norm=norm, dis=loss_d)
         values |= dict(of_real=of_real.mean(), of_lifted=of_lifted.mean())
         spread = gather_rows_of(skeletons).std(0).mean()  # near 0: one skeleton for all pictures
-        values |= dict(overlap=meets.float().mean(), spread=spread)
+        values |= dict(overlap=places[1].float().mean(), spread=spread)
         log.record(step, lr, values, sample["index"], ~skeletons.sum((1, 2)).isfinite())
         if log.saves(step):
             log.flush()  # never save a broken model
@@ -331,6 +328,21 @@ def at_points(maps, grid):
     beyond the outermost centres their value."""
     sampled = F.grid_sample(maps, grid, padding_mode="border", align_corners=False)
     return sampled.flatten(2).transpose(1, 2)
+
+
+def place_loss(q_maps, k_maps, places, queue, tau):
+    """L_var: mean of InfoNCE over the cells of the pictures whose crops meet, on all ranks.
+
+    maps (B, C, h, w) of both crops; places: what overlap_grid returns; queue (K, C) of pooled maps.
+    → scalar, this rank's share (see losses.py); 0 where no picture's crops meet.
+    """
+    grid, meets = places
+    with no_autocast(q_maps):
+        q_maps, k_maps = full_precision(q_maps, k_maps)
+        query, key = at_points(q_maps, grid[:, 0]), at_points(k_maps, grid[:, 1])
+        each = info_nce(query, key, queue, tau).mean(1)  # (B,)
+        count = sum_over_ranks(meets.sum().to(each.dtype)).clamp(min=1)
+        return world_size() * torch.where(meets, each, 0.0).sum() / count
 
 
 # ----------------------------------------------------------------------------- figures and pictures
