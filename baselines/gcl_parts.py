@@ -80,19 +80,22 @@ def conv(width, out, side, stride=1, dilation=1):
     return nn.Conv2d(width, out, side, stride, border, dilation, padding_mode=mode)
 
 
-def block(width, out, side, stride=1, norm=None, active=True, dilation=1):
-    """Convolution, norm (a class, or None), LeakyReLU."""
+def layer(width, out, side, stride=1, norm=None, dilation=1):
+    """Convolution and norm (a class, or None)."""
     layers = [conv(width, out, side, stride, dilation)]
-    if norm:
-        layers.append(norm(out))
-    return nn.Sequential(*layers, *([nn.LeakyReLU(SLOPE)] if active else []))
+    return nn.Sequential(*layers, *([norm(out)] if norm else []))
+
+
+def block(*shape, **options):
+    """The same and LeakyReLU."""
+    return nn.Sequential(layer(*shape, **options), nn.LeakyReLU(SLOPE))
 
 
 class Residual(nn.Module):
     def __init__(self, width, norm=None):
         super().__init__()
         self.layers = nn.Sequential(
-            block(width, width, 3, norm=norm), block(width, width, 3, norm=norm, active=False)
+            block(width, width, 3, norm=norm), layer(width, width, 3, norm=norm)
         )
 
     def forward(self, x):
@@ -111,15 +114,15 @@ class Structure(nn.Module):
             *(Residual(4 * c, norm) for _ in range(blocks)),
         )  # fmt: skip
         # What is wider than one place: dilated convolutions side by side (ASPP).
-        self.near = block(4 * c, 2 * c, 1, norm=norm, active=False)
+        self.near = layer(4 * c, 2 * c, 1, norm=norm)
         self.wide = nn.ModuleList(
             nn.Sequential(
                 block(4 * c, 2 * c, 1, norm=norm),
-                block(2 * c, 2 * c, 3, norm=norm, active=False, dilation=dilation),
+                layer(2 * c, 2 * c, 3, norm=norm, dilation=dilation),
             )
             for dilation in (3, 6, 9)
         )
-        self.fuse = block(8 * c, 8 * c, 1, norm=norm, active=False)
+        self.fuse = layer(8 * c, 8 * c, 1, norm=norm)
         self.apply(kaiming)
 
     def forward(self, guides):

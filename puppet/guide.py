@@ -39,8 +39,11 @@ def draw_guides(poses, size):
 def draw_body(c, xy, ppm, z, head):
     """xy (J, 2) px, ppm (J,) px per metre, z (J,) metres, head (3, 3): far shapes first."""
     trunk = z[[L_SHO, R_SHO, L_HIP, R_HIP]].mean()
+
     # Nearer is brighter: left and right, before and behind can be told from one channel.
-    grey = lambda depth: np.full(1, np.clip(0.7 - 0.7 * (depth - trunk), 0.35, 1), np.float32)  # noqa: E731
+    def grey(depth):
+        return np.full(1, np.clip(0.7 - 0.7 * (depth - trunk), 0.35, 1), np.float32)
+
     shapes = []
     for a, b, ra, rb, nearer in LIMBS:
         for o in (0, 1):  # right joints follow their left twins

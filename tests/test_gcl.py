@@ -256,8 +256,6 @@ def test_it_overfits_and_its_encoder_is_fine_tuned(given, tmp_path):
     first, last = (np.mean([row["rec"] + row["cyc"] for row in part]) for part in
                    (steps[:3], steps[-6:]))  # fmt: skip
     assert last < 0.6 * first, (first, last)
-    memory = [row["memory"] for row in steps[40:]]
-    assert np.mean(memory[-5:]) < np.mean(memory[:5])
     done = run_script(
         "finetune_reid.py", f"data={given / 'people'}", f"encoder={out / 'encoder.safetensors'}",
         "height=64", "width=32", "people=4", "pictures_per_person=2", "epochs=1", "workers=0",
@@ -266,23 +264,29 @@ def test_it_overfits_and_its_encoder_is_fine_tuned(given, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_memory_loss_reaches_g(given):
-    """A step of the joint stage with all other weights 0 still moves the generator."""
+def test_the_memory_loss_reaches_all_networks_and_trains_g():
     torch.manual_seed(0)
     cfg = SimpleNamespace(stripes=4, embedding=16, g_width=2, d_width=2, mlp_width=8)
     s = SIZES["tiny"]
-    model = gcl.GCL(cfg, ViT(s["width"], 1, s["heads"], (64, 32), 16), 6)
+    model = gcl.GCL(cfg, ViT(s["width"], 1, s["heads"], (64, 32), 16), 6).eval()
     model.memory.copy_(F.normalize(torch.randn(6, 16)))
     model.labels.copy_(torch.tensor([0, 0, 1, 1, 2, 2]))
-    x, guide = torch.randn(3, 3, 64, 32), torch.rand(3, 1, 64, 32)
-    a, f = model.e_id(x)
-    _, g = model.e_id(model.g(model.e_str(guide), a))
-    f, g, index = F.normalize(f), F.normalize(g), torch.tensor([0, 2, 4])
-    bank = model.memory, model.labels, index
-    gcl.memory_loss(f, g, bank, torch.rand(3, 3, 6), 9, 0.04).backward()
-    for part in (model.g, model.e_str, model.e_id):
-        assert all(p.grad is not None for p in part.parameters() if p.requires_grad)
-        assert any(p.grad.abs().max() > 0 for p in part.parameters())
+    x, guide, index = torch.randn(3, 3, 64, 32), torch.rand(3, 1, 64, 32), torch.tensor([0, 2, 4])
+    noise, values = torch.rand(3, 3, 6), []
+    for_g = torch.optim.Adam(model.g.parameters(), lr=0.01)
+    for step in range(20):  # G alone moves
+        a, f = model.e_id(x)
+        _, g = model.e_id(model.g(model.e_str(guide), a))
+        bank = model.memory, model.labels, index
+        loss = gcl.memory_loss(F.normalize(f), F.normalize(g), bank, noise, 9, 0.04)
+        model.zero_grad()
+        loss.backward()
+        if step == 0:
+            for part in (model.g, model.e_str, model.e_id):
+                assert any(p.grad.abs().max() > 0 for p in part.parameters() if p.requires_grad)
+        for_g.step()
+        values.append(loss.item())
+    assert values[-1] < 0.8 * values[0], values
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -313,8 +317,7 @@ def test_several_ranks_are_refused(given):
         gcl.check(cfg, Ranks(0, 2, torch.device("cpu")))
 
 
-def test_a_changed_checkpoint_is_noticed(plain):
-    """What resume compares is there: memory, labels and the three optimisers."""
+def test_a_checkpoint_holds_memory_labels_and_three_optimisers(plain):
     state = load_checkpoint(plain / "last.pt")
     assert {"model", "optimizer", "for_d", "for_id", "step", "report"} == set(state)
     assert (state["model"]["labels"] >= 0).any() and state["step"] == 6

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from baselines import gcl_parts
+from baselines import gcl, gcl_parts
 from common import UserError
 from formats.joints import COCO_CATEGORY
 from formats.market import Sightings
-from model import ViT
+from model import ViT, normalize
 from plumbing.pictures import as_bytes
 from puppet import body, people_set, poses_from_keypoints, sample_poses, take
 from puppet.guide import draw_guides
@@ -40,6 +40,19 @@ def test_turning_is_the_yaw_of_a_camera_that_is_not_upright():
     turned, expected = body.turned(posed(20.0), 135), posed(155.0)
     for name in ("points", "head", "chest"):
         assert np.allclose(getattr(turned, name), getattr(expected, name), atol=1e-12), name
+
+
+def test_turning_sampled_poses_is_another_yaw_of_their_camera(monkeypatch):
+    turned, real, calls = body.turned(sample_poses(0, range(20)), 90), body.rotation, []
+
+    def another_yaw(axis, degrees):  # the first rotation about axis 1 is the camera's yaw
+        calls.append(axis)
+        return real(axis, degrees + (90 if axis == 1 and calls.count(1) == 1 else 0))
+
+    monkeypatch.setattr(body, "rotation", another_yaw)
+    expected = sample_poses(0, range(20))
+    for name in ("points", "head", "chest"):
+        assert np.allclose(getattr(turned, name), getattr(expected, name), atol=1e-9), name
 
 
 def test_sampled_poses_know_the_vertical():
@@ -173,6 +186,19 @@ def test_stripes_are_means_of_rows_of_patches():
     assert torch.allclose(stripes, tokens.mean((2, 3)), atol=1e-5)
     h = tokens.mean((1, 2, 3)) @ e_id.fc.weight.T + e_id.fc.bias
     assert torch.allclose(f, h / (1 + e_id.bn.eps) ** 0.5, atol=1e-5)
+
+
+def test_the_batch_norm_begins_with_the_statistics_of_the_training_set(rendered):
+    torch.manual_seed(0)
+    cfg = SimpleNamespace(height=64, width=32, eval_batch=3, workers=0, precision="fp32")
+    e_id = gcl_parts.Identity(ViT(8, 1, 2, SIZE, 8), 4, 6)
+    gcl.fit_batch_norm(cfg, e_id, rendered[1], torch.device("cpu"))
+    f = gcl.embed(cfg, e_id, rendered[1], torch.device("cpu"))
+    x = [gcl_parts.Views(rendered[1], None, SIZE, 0).image(row) for row in range(8)]
+    y = e_id.eval()(normalize(torch.stack(x)))[1]
+    assert torch.allclose(y.mean(0), torch.zeros(6), atol=1e-3)
+    assert torch.allclose(y.std(0), torch.ones(6), atol=0.1)
+    assert torch.allclose(f, F.normalize(y), atol=1e-5)
 
 
 def test_a_stripe_sets_mean_and_spread_of_its_own_block_alone():
