@@ -107,6 +107,8 @@ def run(root, tmp_path, monkeypatch):
             if "device=" not in more:
                 ranks = common.Ranks(0, world, DEVICE)
                 patch.setattr(common, "start_ranks", lambda *_: ranks)
+                # run.json tells the GPU's name.
+                patch.setattr(torch.cuda, "get_device_name", lambda *_: "a pretended GPU")
             module.main()
 
     return main
