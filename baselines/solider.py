@@ -9,7 +9,7 @@ the picture's own λ, 0 or 1, gives DINO's targets; the student sees the crops, 
 once more with one body part hidden. The controller in the encoder (model.py) makes λ a dial that
 stays: 0 keeps looks (ReID .2), 1 keeps semantics (attributes, pose .8).
 
-  python baselines/solider.py --cfg configs/solider_demo.yaml                       # laptop
+  python baselines/solider.py --cfg configs/solider_demo.yaml     # laptop, two minutes
   torchrun --nproc_per_node=8 baselines/solider.py --cfg configs/solider.yaml ...   # GPUs
 
 Kept: DINO with centring and multi-crop; labels at λ = 1: foreground by token norm, three parts in
