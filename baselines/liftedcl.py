@@ -23,7 +23,7 @@ Deviates
 - The lifted skeleton is centred and scaled as the real ones are (unit=false: free, as in the
   release, whose lines for it are commented out). Free, it overflowed on random features.
 - The discriminator's rate falls with the encoder's (constant_d=true: it stays, as in the release).
-  Constant, it won the demo's last third, and the lifted skeletons folded up.
+  Constant at .03 it won the demo's last third, and the lifted skeletons folded up.
 - No weight decay on 1-D parameters and tokens; the rate falls with every step, not every epoch.
 - Queues: as Queue of parts.py. Nothing is shuffled between ranks: a ViT has no batch norm.
 
