@@ -127,8 +127,8 @@ def skeleton_sheet(pictures, found, truth, errors, path):
 
 def two_sides(skeleton, size=(192, 384)):
     """A unit skeleton (17, 3) → pictures of it from the camera and from the camera's right."""
-    widest = (skeleton.amax(0) - skeleton.amin(0))[[0, 2]].max()
-    scale = min(450, 0.9 * size[0] / float(widest))  # px; who stands is about .7 tall
+    x, y, z = (skeleton.amax(0) - skeleton.amin(0)).tolist()
+    scale = 0.9 * min(450, size[0] / max(x, z), size[1] / y)  # px; who stands is about .7 tall
     views = []
     for across in (0, 2):
         xy = skeleton[:, [across, 1]]

@@ -87,6 +87,8 @@ def test_the_checkpoint_holds_all_that_a_step_reads(plain):
     assert {"model", "optimizer", "optimizer_d", "step"} == set(state)
     begins = {name.split(".")[0] for name in state["model"]}
     assert begins == {"student", "teacher", "discriminator", "queue_inv", "queue_var"}
+    rates = [state[name]["param_groups"][0]["lr"] for name in ("optimizer", "optimizer_d")]
+    assert rates[0] == rates[1] < 0.03  # both fall alike
     assert all(
         one["momentum_buffer"].abs().sum() > 0 for one in state["optimizer_d"]["state"].values()
     )
