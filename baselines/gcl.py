@@ -60,7 +60,7 @@ from baselines.gcl_parts import GCL, Views, draw_sheet, read_guides, view_scores
 from common import UserError
 from drawing.curves import draw_curves
 from formats.market import read_data
-from formats.weights import build_encoder, meta_of
+from formats.weights import AS_IS, build_encoder, meta_of
 from model import SIZES, normalize
 from plumbing.config import MACHINE, Key, read_config
 from plumbing.seeds import CHOICE, ORDER
@@ -320,8 +320,8 @@ def epoch_batches(cfg, rows, epoch, S):
 
 
 def build_model(cfg, N):
-    about = dict(encoder=cfg.init, weights=None, pose_token=True, checkpoint_activations=False)
-    encoder, sentence = build_encoder(SimpleNamespace(**vars(cfg) | about), reads_pose=False)
+    settings = SimpleNamespace(**AS_IS | vars(cfg) | dict(encoder=cfg.init))
+    encoder, sentence = build_encoder(settings, reads_pose=False)
     return GCL(cfg, encoder, N), sentence
 
 

@@ -35,7 +35,7 @@ from drawing.curves import COLOURS
 from formats.attributes import check as check_attributes
 from formats.attributes import read_csv
 from formats.market import read_data
-from formats.weights import build_encoder, encoder_meta
+from formats.weights import read_encoder
 from model import SIZES
 from plumbing.config import MACHINE, Key, read_config
 from tasks import probe
@@ -130,13 +130,8 @@ def read_labels(cfg):
 
 def load(cfg, path):
     """A file, or none → (ViT, a sentence). A file of ours knows its size and input."""
-    own = None if path == "none" else path
-    meta = encoder_meta(own)
-    height, width = int(meta.get("height", cfg.height)), int(meta.get("width_px", cfg.width))
-    wanted = dict(weights=None, encoder=own, size=cfg.size, patch=cfg.patch, height=height)
-    wanted |= dict(width=width, pose_token=True, checkpoint_activations=False)
     common.seed_all(common.WEIGHTS, cfg.seed)
-    return build_encoder(SimpleNamespace(**wanted), reads_pose=False)
+    return read_encoder(cfg, None if path == "none" else path)
 
 
 # ------------------------------------------------------------------------------------------- probes

@@ -32,6 +32,9 @@ ENCODER = dict(
                         "[SOLIDER] .2 ReID, .8 attributes, pose; ours .2 text", low=-1, high=1),
 )  # fmt: skip
 
+# The same of a script that has not all these keys, and nothing to change about the encoder.
+AS_IS = {name: key.default for name, key in ENCODER.items()} | dict(weights=None)
+
 TORCHVISION = [  # torchvision's vit_* names → ours
     (r"^class_token$", "cls_token"),
     (r"^conv_proj\.", "patch_embed.proj."),
@@ -260,8 +263,7 @@ def read_encoder(cfg, path):
     A file of ours decides about everything. Others' weights are of cfg's size and patch, are given
     cfg's input, and have [POSE] where they have a register.
     """
-    asked = dict(freeze=False, semantic_weight=-1.0) | vars(cfg)
-    settings = SimpleNamespace(**asked | dict(encoder=path, weights=None))
+    settings = SimpleNamespace(**AS_IS | vars(cfg) | dict(encoder=path, weights=None))
     meta = encoder_meta(path)
     if meta:
         settings.height, settings.width = int(meta["height"]), int(meta["width_px"])

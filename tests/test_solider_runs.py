@@ -18,7 +18,7 @@ import finetune_reid
 from baselines import solider
 from baselines.solider_parts import distances, drawn_people, part_distances, patch_parts
 from common import load_checkpoint
-from formats.weights import build_encoder, load_into, meta_of
+from formats.weights import AS_IS, build_encoder, load_into, meta_of
 from model import SIZES, ViT, load_encoder
 from plumbing.errors import UserError
 from plumbing.files import save_weights
@@ -67,7 +67,7 @@ def test_the_controller_stands_after_a_quarter_half_and_three_quarters():
 def stage_encoder(path, own=0.8, weights=None, **changes):
     keys = dict(size="tiny", patch=8, pose_token=True, height=32, width=16, semantic_weight=-1.0)
     keys |= dict(encoder=str(path) if path else None, weights=weights, checkpoint_activations=False)
-    return build_encoder(SimpleNamespace(**keys | changes), False, semantic_weight=own)
+    return build_encoder(SimpleNamespace(**AS_IS | keys | changes), False, semantic_weight=own)
 
 
 def test_semantic_weight_of_a_stage(tmp_path):
