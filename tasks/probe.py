@@ -217,7 +217,8 @@ def ridge_joints(feature, poses, groups, folds=5):
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    N, K, _ = poses.shape
+    # In float32 the small penalties would leave a matrix that cannot be solved.
+    feature, (N, K, _) = np.asarray(feature, np.float64), poses.shape
     found, middle = np.empty((2, N, K, 2))
     for train, test in GroupKFold(folds).split(feature, groups=groups):
         seen, xy = poses[train, :, 2:] > 0, poses[train, :, :2]
