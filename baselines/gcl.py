@@ -116,7 +116,10 @@ KEYS = dict(
 def main():
     cfg = read_config(KEYS, __doc__)
     ranks = common.start_ranks(cfg.device, cfg.precision)
-    check(cfg, ranks)
+    check(cfg)
+    if ranks.world > 1:
+        why = "its memory, labels and batch statistics belong to one"
+        raise UserError(f"gcl.py runs in one process, for {why}; start it without torchrun")
     train, query, gallery, about = read_data(cfg.data, cfg.layout)
     size = cfg.height, cfg.width
     train, guides, left_out = read_guides(cfg.guides, cfg.data, train, size)
@@ -382,10 +385,7 @@ def finish(cfg, model, data, report, device):
         print(f"{out}: {name:14} PSNR {psnr:5.2f} dB  SSIM {ssim:.3f}")
 
 
-def check(cfg, ranks):
-    if ranks.world > 1:
-        why = "its memory, labels and batch statistics belong to one"
-        raise UserError(f"gcl.py runs in one process, for {why}; start it without torchrun")
+def check(cfg):
     if not cfg.data:
         raise UserError("data= names no folder; give the root of a ReID set in Market's layout")
     if not cfg.init:

@@ -319,10 +319,13 @@ def test_refusals_are_one_line(given, tmp_path, more, words, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_several_ranks_are_refused(given):
-    cfg = SimpleNamespace(data="x", init="x", height=64, width=32)
+def test_several_ranks_are_refused(given, tmp_path, monkeypatch):
+    two = Ranks(0, 2, torch.device("cpu"))
+    monkeypatch.setattr("common.start_ranks", lambda *_: two)
+    monkeypatch.setattr("sys.argv", ["gcl.py", *arguments(given, tmp_path / "run")])
     with pytest.raises(UserError, match="without torchrun"):
-        gcl.check(cfg, Ranks(0, 2, torch.device("cpu")))
+        gcl.main()
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_holds_memory_labels_and_three_optimisers(plain):

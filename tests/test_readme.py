@@ -24,6 +24,8 @@ from model import IMAGENET_MEAN, IMAGENET_STD, ViT
 from plumbing.config import read_config
 from plumbing.files import save_weights
 
+sys.path.append(str(ROOT / "baselines"))  # their scripts are imported by name, as the stages are
+
 
 def commands_of(text):
     """Lines that begin with python or torchrun, behind spaces or a comment sign, with what follows
@@ -155,7 +157,7 @@ def test_heads_are_read():
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_every_config_is_valid(path):
-    prefix = path.name.split("_")[0]
+    prefix = path.stem.split("_")[0]
     stage = importlib.import_module(
         prefix if prefix != "finetune" else "_".join(path.stem.split("_")[:2])
     )
