@@ -384,17 +384,17 @@ def ssim(a, b):
     return float(alike[:, 5:-5, 5:-5].mean())  # where the window lies within the picture
 
 
-def draw_sheet(model, views, device, path, number=5):
-    """gcl.png: source, guide, reconstruction, seven turned views; below each view its guide and, of
-    rendered people, the truth."""
+def draw_sheet(model, views, device, path, number=4):
+    """gcl.png: source, reconstruction, seven turned views; below each its guide and, of rendered
+    people, the truth."""
     rows, labels = [], []
     for row in np.linspace(0, len(views) - 1, min(number, len(views))).round().astype(int):
         source, made = views.image(row), generate(model, views, row, TURNS, device)
         guides = [Image.fromarray(views.guides.draw(row, turn)) for turn in TURNS]
-        rows += [[source, guides[0], *made], [None, None, None, *guides[1:]]]
-        labels += [Path(views.name(row)).stem.split("_0")[0], "guides"]
+        rows += [[source, *made], [None, *guides]]
+        labels += [Path(views.name(row)).stem.split("_0")[0], "guide"]
         if views.guides.looks:
-            rows.append([None, None, None, *(views.guides.truth(row, t) for t in TURNS[1:])])
+            rows.append([None, source, *(views.guides.truth(row, turn) for turn in TURNS[1:])])
             labels.append("truth")
-    heads = ["source", "guide", "reconstruction", *(f"turned {turn}°" for turn in TURNS[1:])]
-    sheet(rows, path, labels, heads, "GCL with capsule guide", (80, 160, 90))
+    heads = ["source", "reconstruction", *(f"turned {turn}°" for turn in TURNS[1:])]
+    sheet(rows, path, labels, heads, "GCL with capsule guide", (96, 192, 90))

@@ -8,13 +8,16 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import yaml
 from conftest import kill_after, run_script
 from safetensors.torch import load_file
 
 from baselines import gcl
 from common import Ranks, UserError, load_checkpoint, save_weights
+from formats.market import read_data
 from formats.weights import meta_of
 from model import SIZES, ViT
+from plumbing.seeds import WEIGHTS, seed_all
 from tasks.ranking import jaccard_distances
 
 SMALL = "height=64 width=32 g_width=2 d_width=2 mlp_width=8 embedding=16 k1=4 k2=2 rho=0.1 "
@@ -223,13 +226,18 @@ def test_a_run_reports_what_it_promises(plain):
 
 
 def test_the_encoder_stands_still_then_learns(given, plain):
+    """The joint stage begins with what E_id as given makes of the pictures, to its batch norm."""
+    cfg = SimpleNamespace(**yaml.safe_load((plain / "config.yaml").read_text()))
+    train, *_ = read_data(cfg.data)
+    seed_all(WEIGHTS, cfg.seed)
+    model, _ = gcl.build_model(cfg, len(train.files))
+    gcl.fit_batch_norm(cfg, model.e_id, train, torch.device("cpu"))
+    memory = gcl.embed(cfg, model.e_id, train, torch.device("cpu")).numpy()
+    _, figures = gcl.pseudo_labels(cfg, memory, train.ids)
+    first = json.loads((plain / "metrics.json").read_text())["clusters"][0]
+    assert first == pytest.approx(figures, rel=1e-6)
     start, end = (load_file(path / "encoder.safetensors") for path in (given, plain))
     assert not torch.equal(start["blocks.0.attn.qkv.weight"], end["blocks.0.attn.qkv.weight"])
-    out = given / "frozen"
-    done = run_script("baselines/gcl.py", *arguments(given, out, "rho=1.0", "lr_id=0.0"))
-    assert done.returncode == 0, done.stderr
-    still = load_file(out / "encoder.safetensors")
-    assert all(torch.equal(start[name], still[name]) for name in start)
 
 
 @pytest.mark.parametrize("lines", [1, 5])
@@ -248,13 +256,13 @@ def test_kill_and_resume_is_bitwise_across_the_stages(given, plain, tmp_path, li
 
 
 def test_it_overfits_and_its_encoder_is_fine_tuned(given, tmp_path):
-    more = "g_width=4 mlp_width=32 frozen_epochs=2 joint_epochs=1 epoch_steps=20 lr=2e-3 r1=0"
+    more = "g_width=4 mlp_width=32 frozen_epochs=18 joint_epochs=1 lr=2e-3 workers=0"
     out = tmp_path / "run"
-    done = run_script("baselines/gcl.py", *arguments(given, out, *more.split(), "save_every=60"))
+    done = run_script("baselines/gcl.py", *arguments(given, out, *more.split(), "save_every=99"))
     assert done.returncode == 0, done.stderr
     steps = [row for row in log_of(out) if "lr" in row]
     first, last = (np.mean([row["rec"] + row["cyc"] for row in part]) for part in
-                   (steps[:3], steps[-6:]))  # fmt: skip
+                   (steps[:3], steps[-8:-2]))  # fmt: skip
     assert last < 0.6 * first, (first, last)
     done = run_script(
         "finetune_reid.py", f"data={given / 'people'}", f"encoder={out / 'encoder.safetensors'}",
@@ -313,7 +321,7 @@ def test_refusals_are_one_line(given, tmp_path, more, words, monkeypatch):
 
 def test_several_ranks_are_refused(given, tmp_path, monkeypatch):
     two = Ranks(0, 2, torch.device("cpu"))
-    monkeypatch.setattr(gcl.common, "start_ranks", lambda *_: two)
+    monkeypatch.setattr("common.start_ranks", lambda *_: two)
     monkeypatch.setattr("sys.argv", ["gcl.py", *arguments(given, tmp_path / "run")])
     with pytest.raises(UserError, match="without torchrun"):
         gcl.main()
