@@ -53,7 +53,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from baselines.parts import DATA, Crops, at_size, cosine_between, read_pictures, update_teacher
+from baselines.parts import (
+    DATA,
+    Crops,
+    Head,
+    at_size,
+    cosine_between,
+    read_pictures,
+    update_teacher,
+)
 from baselines.solider_parts import PARTS, part_labels, show_parts
 from common import UserError
 from data import Augmentation, PoseBatches
@@ -183,25 +191,6 @@ def main():
 
 
 # ------------------------------------------------------------------------------------ model, losses
-
-
-class Head(nn.Module):
-    """[DINO] three layers → 256, of length 1 → cosines with `out` prototypes (weight norm of 1)."""
-
-    def __init__(self, width, hidden, out):
-        super().__init__()
-        first, second = (
-            (nn.Linear(width, hidden), nn.GELU()),
-            (nn.Linear(hidden, hidden), nn.GELU()),
-        )
-        self.mlp = nn.Sequential(*first, *second, nn.Linear(hidden, 256))
-        for layer in self.mlp[::2]:
-            nn.init.trunc_normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-        self.last = nn.Linear(256, out, bias=False)
-
-    def forward(self, x):
-        return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.last.weight, dim=1))
 
 
 class Network(nn.Module):
