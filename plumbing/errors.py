@@ -89,6 +89,8 @@ def run_stage(main):
     except Stopped as stopped:
         leave(128 + stopped.number, str(stopped))
     except Exception as error:  # UserError, a full disk, a lost rank, a defect
+        if hasattr(signal, "SIGCHLD"):  # torch would raise at a dead loader, in the midst of this
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         if asked:  # the signal reached the loaders too, or other ranks have stopped already
             leave(128 + asked, "stopped; the same command goes on from its last checkpoint")
         leave(*verdict(error))
@@ -108,7 +110,9 @@ def verdict(error):
         return 2, f"error: out of memory ({in_a_line(error)}); lower the batch or the model's size"
     if isinstance(error, OSError) and error.filename is not None:
         return 2, f"error: {error.filename}: {error.strerror}; check this path and the rights to it"
-    if re.search(r"DataLoader worker \(pid.* (is killed by signal|exited unexpectedly)", text):
+    if re.search(r"DataLoader worker \(pid.* (is killed by signal|exited unexpectedly)", text) or (
+        isinstance(error, ConnectionError | EOFError) and in_a_loader(error)
+    ):
         return 2, "error: a loader process was killed (out of memory?); lower workers= or the batch"
     if dist.is_initialized() and isinstance(error, RuntimeError | dist.DistError) and lost(text):
         time.sleep(5)  # torchrun ends this rank meanwhile, if another one has said what is wrong
@@ -120,6 +124,13 @@ def verdict(error):
     with contextlib.suppress(OSError):
         file.write_text("".join(traceback.format_exception(error)))
     return 1, f"error: a defect of this program, please report {file} ({in_a_line(error)})"
+
+
+def in_a_loader(error):
+    """Was it raised while a loader's process handed a batch over? It may have died in doing so."""
+    frames = traceback.extract_tb(error.__traceback__)
+    places = {(Path(frame.filename).name, frame.name) for frame in frames}
+    return ("dataloader.py", "_try_get_data") in places
 
 
 def lost(text):

@@ -15,6 +15,7 @@ from conftest import ROOT, run_script
 from pretrain_runs import arguments, rows, without_speed
 
 import plumbing.process as locks
+from plumbing import errors
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -267,6 +268,24 @@ def test_a_killed_loader_is_one_line(sets, tmp_path):
     last = said.splitlines()[-1]
     assert last.startswith("error: a loader process was killed (out of memory?)")
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("kind", [ConnectionResetError, EOFError])
+def test_a_loader_that_dies_while_it_hands_over_a_batch_is_one_line(kind, monkeypatch):
+    """torch takes a batch's memory from the loader, who may be gone by then."""
+
+    def gone(timeout=None):
+        raise kind("reset by peer")
+
+    batches = iter(torch.utils.data.DataLoader([0, 1], num_workers=1))
+    monkeypatch.setattr(batches._data_queue, "get", gone)
+    with pytest.raises(kind) as raised:
+        next(batches)
+    code, line = errors.verdict(raised.value)
+    assert code == 2 and line.startswith("error: a loader process was killed (out of memory?)")
+    with pytest.raises(kind) as raised:  # elsewhere it is another matter
+        gone()
+    assert errors.verdict(raised.value)[0] == 1
 
 
 def test_a_picture_that_one_rank_stumbles_over_is_named_last(sets, tmp_path):
