@@ -31,7 +31,7 @@ ABOUT = ("step", "epoch", "final")  # of a line that has no "lr": an evaluation
 TITLES = dict(rec="L_rec", align="L_align", mp="L_mp", lr="learning rate")
 TITLES |= dict(grad_norm="gradient norm", pictures_per_s="pictures per second")
 TITLES |= dict(positive_cosine="cosines: one pose (—), different poses (- -)")
-TITLES |= dict(oks_cls="OKS of nearest: [POSE] —, [CLS] - -, patches -·")
+TITLES |= dict(oks_cls="OKS: [POSE] —, [CLS] - -, patches -·")
 TITLES |= dict(same_pose_cls="same pose nearest: [POSE] —, [CLS] - -, patches -·")
 
 
