@@ -383,15 +383,6 @@ def save(cfg, model, optimizers, step, ranks):
 
 def check(cfg):
     """Settings that are valid one by one but not together."""
-    if not cfg.annotations:
-        raise UserError("annotations= names no file; give COCO JSON files, e.g. of generate.py")
-    if cfg.images and len(cfg.images) != len(cfg.annotations):
-        files = f"{len(cfg.annotations)} annotation files"
-        raise UserError(f"images= has {len(cfg.images)} folders for {files}")
-    if cfg.height % cfg.patch or cfg.width % cfg.patch:
-        raise UserError(f"height= and width= must be multiples of patch={cfg.patch}")
-    if not cfg.check_pictures and cfg.max_bad:
-        raise UserError("check_pictures=false does not see bad pictures; leave max_bad= out")
     if cfg.queue < cfg.batch:
         raise UserError(f"queue={cfg.queue} cannot hold the {cfg.batch} keys of a batch; raise it")
 

@@ -17,6 +17,7 @@ from formats.coco import MIN_SCORE, Limits, read_people
 from losses import full_precision, gather_rows_of, no_autocast
 from model import SIZES
 from plumbing.config import Key
+from plumbing.errors import UserError
 from plumbing.pictures import load_picture
 from plumbing.seeds import VIEW, seed_all
 
@@ -36,7 +37,11 @@ DATA = dict(
 
 
 def read_pictures(cfg):
-    """→ (a list of People, one for each file of annotations=, a sentence about them)."""
+    """→ (a list of People, one for each file of annotations=, a sentence about them).
+
+    Raises UserError for what the keys of DATA cannot mean together, and as read_people.
+    """
+    check_data(cfg)
     people, left_out = [], 0
     for f, path in enumerate(cfg.annotations):
         limits = Limits(
@@ -48,6 +53,20 @@ def read_pictures(cfg):
         left_out += len(notes["bad"])
     n = sum(len(one.files) for one in people)
     return people, f"{n} people, {left_out} bad pictures left out"
+
+
+def check_data(cfg):
+    """Keys of DATA that are valid one by one but not together."""
+    if not cfg.annotations:
+        raise UserError("annotations= names no file; give COCO JSON files, e.g. of generate.py")
+    if cfg.images and len(cfg.images) != len(cfg.annotations):
+        files = f"{len(cfg.annotations)} annotation files"
+        raise UserError(f"images= has {len(cfg.images)} folders for {files}")
+    if cfg.max_bad and not cfg.check_pictures:
+        raise UserError("max_bad= leaves out what check_pictures=false does not see; give one")
+    if cfg.height % cfg.patch or cfg.width % cfg.patch:
+        sides = f"height={cfg.height} and width={cfg.width}"
+        raise UserError(f"{sides} must be multiples of patch={cfg.patch}")
 
 
 class Crops(PretrainPictures):

@@ -356,16 +356,9 @@ def save(cfg, model, optimizer, step, ranks):
 
 def check(cfg):
     """Settings that are valid one by one but not together."""
-    if not cfg.annotations:
-        raise UserError("annotations= names no file; give a set of prompts, e.g. of generate.py")
-    if cfg.images and len(cfg.images) != len(cfg.annotations):
-        files = f"{len(cfg.annotations)} annotation files"
-        raise UserError(f"images= has {len(cfg.images)} folders for {files}")
-    for kind in ("", "local_"):
-        sides = [getattr(cfg, kind + side) for side in ("height", "width")]
-        if any(side % cfg.patch for side in sides):
-            names = f"{kind}height={sides[0]} and {kind}width={sides[1]}"
-            raise UserError(f"{names} must be multiples of patch={cfg.patch}")
+    if cfg.local_crops and (cfg.local_height % cfg.patch or cfg.local_width % cfg.patch):
+        sides = f"local_height={cfg.local_height} and local_width={cfg.local_width}"
+        raise UserError(f"{sides} must be multiples of patch={cfg.patch}")
     if round(cfg.mask_share * cfg.pictures_per_caption) < 1:
         of = f"mask_share={cfg.mask_share} of pictures_per_caption={cfg.pictures_per_caption}"
         raise UserError(f"{of} masks no picture; raise it")

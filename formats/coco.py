@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from formats.joints import COCO_CATEGORY, flip_ids, joint_name
-from formats.people import MIN_SCORE, Limits, People, leave_out, read_folder  # noqa: F401
+from formats.people import MIN_SCORE as MIN_SCORE  # readers of COCO files take it from here
+from formats.people import Limits, People, leave_out, read_folder
 from plumbing.errors import UserError, reading
 from plumbing.files import read_json, regular, write_atomic
 from plumbing.pictures import find_bad_pictures, picture_fault

@@ -142,8 +142,11 @@ def test_mae_as_transformers_has_it_is_read_without_its_decoder(tmp_path):
 
 
 def test_the_card_says_what_the_weights_say_and_nothing_else(tmp_path, monkeypatch):
-    lines = ["annotations=/home/me/people/set/annotations.json,crops", "init=/home/me/mae_b.pth"]
-    cfg = read_config(pretrain.KEYS, "", [*lines, "gamma_align=0", "views=1", "out=/home/me/run"])
+    lines = [
+        "annotations=/elsewhere/people/set/annotations.json,crops",
+        "init=/elsewhere/mae_b.pth",
+    ]
+    cfg = read_config(pretrain.KEYS, "", [*lines, "gamma_align=0", "views=1", "out=/elsewhere/run"])
     said = training_of(cfg, pretrain.KEYS, 7)
     assert "home" not in said and "workers" not in said and json.loads(said)["steps"] == 7
     saved(tmp_path / "encoder.safetensors", training=said)

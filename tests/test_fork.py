@@ -16,6 +16,7 @@ from baselines import vicreg
 from common import load_checkpoint
 from model import load_encoder
 from plumbing.config import read_config
+from plumbing.errors import UserError
 
 README = (ROOT / "baselines/README.md").read_text(encoding="utf-8")
 SMALL = "size=tiny height=64 width=32 batch=16 expander=32 epochs=6 device=cpu workers=0 "
@@ -84,6 +85,23 @@ def test_the_example_runs_resumes_and_is_the_same_on_two_ranks(poses, tmp_path):
     for ours, theirs in zip(rows_of(folders["ranks"])[:3], log):
         for name in ("loss", "invariance", "variance", "covariance", "grad_norm"):
             assert math.isclose(ours[name], theirs[name], rel_tol=2e-3), (name, ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ("annotations=", "annotations= names no file"),
+        ("images=a,b", "images= has 2 folders for 1 annotation files"),
+        ("max_bad=1 check_pictures=false", "max_bad= leaves out what check_pictures=false"),
+        ("patch=7", "must be multiples of patch=7"),
+    ],
+)
+def test_the_example_refuses_in_one_line(poses, tmp_path, monkeypatch, keys, words):
+    given = [f"annotations={poses}", *SMALL.split(), f"out={tmp_path}/no", *keys.split()]
+    monkeypatch.setattr(sys, "argv", ["vicreg.py", *given])
+    with pytest.raises(UserError, match=words):
+        vicreg.main()
+    assert not (tmp_path / "no").exists()
 
 
 def test_commands_of_the_readme_are_valid(monkeypatch):

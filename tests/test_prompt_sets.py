@@ -22,44 +22,10 @@ from puppet.figure import another_like, attributes, sample_identities, sentence
 CONFIG = ROOT / "configs/generate_prompts_demo.yaml"
 
 
-@pytest.fixture(scope="module")
-def painter(tmp_path_factory):
-    """Stable Diffusion with random weights, saved as a user's folder would be."""
-    import diffusers
-    import transformers
-
-    root = tmp_path_factory.mktemp("painter")
-    torch.manual_seed(0)
-    letters = [chr(c) for c in range(33, 127)]
-    words = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    (root / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(words)}))
-    (root / "merges.txt").write_text("#version: 0.2\n")
-    last = len(words) - 1
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=37, num_hidden_layers=2,
-        num_attention_heads=4, bos_token_id=last - 1, eos_token_id=last, pad_token_id=last,
-    )  # fmt: skip
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=(16, 32), layers_per_block=1, sample_size=8, norm_num_groups=8,
-        cross_attention_dim=32, attention_head_dim=4,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )  # fmt: skip
-    tokenizer = transformers.CLIPTokenizer(
-        str(root / "vocab.json"), str(root / "merges.txt"), model_max_length=77
-    )
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=[16] * 4, norm_num_groups=8, latent_channels=4,
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-    )  # fmt: skip
-    beta = dict(beta_schedule="scaled_linear", steps_offset=1)
-    scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, **beta)
-    diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=transformers.CLIPTextModel(text), tokenizer=tokenizer, unet=unet,
-        scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).save_pretrained(root / "sd")  # fmt: skip
-    return root / "sd"
+@pytest.fixture
+def painter(tiny):
+    """Stable Diffusion with random weights, in a folder as a user's would be."""
+    return tiny / "sd"
 
 
 def run(monkeypatch, *words):

@@ -222,8 +222,8 @@ def test_a_stage_takes_the_encoder_and_its_weight(run, tmp_path):
     ("keys", "words"),
     [
         (["annotations="], "annotations= names no file"),
-        (["height=60"], "height=60 must be a multiple of patch=8"),
-        (["local_width=12"], "local_width=12 must be a multiple of patch=8"),
+        (["height=60"], "height=60 and width=32 must be multiples of patch=8"),
+        (["local_width=12"], "local_height=32 and local_width=12 must be multiples of patch=8"),
         (["local_min=0.9"], "local_min=0.9 is above local_max=0.8"),
         (["images=a,b"], "images= has 2 folders for 1 annotation files"),
     ],
