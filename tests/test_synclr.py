@@ -368,8 +368,10 @@ def test_the_report_tells_captions_from_poses():
     ],
 )
 def test_what_does_not_go_together_is_one_line(more, told):
+    cfg = config(*more)
     with pytest.raises(UserError) as error:
-        synclr.check(config(*more))
+        synclr.check(cfg)
+        parts.read_pictures(cfg)  # the keys all neighbours share
     assert told in str(error.value) and "\n" not in str(error.value)
 
 
