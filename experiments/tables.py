@@ -58,13 +58,20 @@ def figures_of(folder):
 
 
 def cost_of(folder):
-    """A finished pre-training → pictures seen, views of them, parameters of its encoder."""
+    """A finished pre-training → pictures seen, views of them, parameters of its encoder.
+
+    Views are maskings in pretrain.py and whole crops in the neighbouring methods; their small crops
+    count by their area.
+    """
     rows, config = read_run(folder)
     pictures = rows[-1]["step"] * int(config["batch"])
     with safe_open(regular(Path(folder) / "encoder.safetensors"), "pt") as file:
         sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]
-    views = pictures * int(config.get("views", 1))
-    return dict(pictures=pictures, views=views, parameters=sum(sizes))
+    views = config.get("views", 1 if "pictures_per_caption" in config else 2)
+    if config.get("local_crops"):
+        small = config["local_height"] * config["local_width"]
+        views += config["local_crops"] * small / (config["height"] * config["width"])
+    return dict(pictures=pictures, views=round(pictures * views), parameters=sum(sizes))
 
 
 def seconds_of(path):

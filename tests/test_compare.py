@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from coco_sets import write_set
 from conftest import ROOT, run_script
 from PIL import Image
+from safetensors.torch import save_file
 
 from formats.coco import read_people
 from formats.market import read_data
@@ -71,6 +73,22 @@ def test_the_rate_is_the_best_on_all_validation_tasks_together(tmp_path):
     assert found["rate"] == 0.002 and found["scores"] == {0.001: 0.5, 0.002: pytest.approx(0.6)}
     found = compare.choose(work, compare.Method("N", "x {lr}"), [0.001, 0.002], rows)
     assert found["rate"] is None and "methods/N" in work.failed
+
+
+@pytest.mark.parametrize(
+    "more, views",
+    [
+        ("views: 1", 20),
+        ("views: 2", 40),
+        ("local_crops: 4\nlocal_height: 32\nlocal_width: 16", 60),  # 2 whole crops, 4 quarters
+        ("pictures_per_caption: 4\nlocal_crops: 2\nlocal_height: 32\nlocal_width: 16", 30),
+    ],
+)
+def test_small_crops_count_by_their_area(more, views, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"batch: 10\nheight: 64\nwidth: 32\n{more}\n")
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "encoder.safetensors")
+    assert tables.cost_of(tmp_path) == dict(pictures=20, views=views, parameters=22)
 
 
 def test_seconds_of_a_cell_that_was_cut_off(tmp_path):
