@@ -7,12 +7,14 @@ Pictures are whatever grids.as_picture takes.
 import math
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
 from drawing import grids
 from drawing.curves import draw_curves  # noqa: F401  a stage finds it beside its other pictures
-from drawing.grids import FAINT, GROUND, INK, PAPER, as_picture, font, sheet, wrapped
+from drawing.grids import FAINT, INK, PAPER, as_picture, font, sheet, wrapped
 from drawing.skeletons import OVERLAY_LEFT, OVERLAY_RIGHT, SCORE_FLOOR, overlay, side_of
+from plumbing.files import write_atomic
 
 BLUE, ORANGE = (20, 90, 190), (200, 90, 0)  # of attributes: said rightly, said wrongly
 
@@ -75,20 +77,15 @@ def pck_chart(per_joint, path, title):
 
     per_joint: joint name → fraction, or None where nobody's joint is labelled: it has no bar.
     """
-    rows = [(name, value) for name, value in per_joint.items() if value is not None]
-    canvas = Image.new("RGB", (560, 64 + 22 * len(rows)), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((16, 16), title, INK, font(16, True))
-    left, right = 150, 500
-    colours = {"left": OVERLAY_LEFT, "right": OVERLAY_RIGHT, "middle": FAINT}
-    for r, (name, value) in enumerate(rows):
-        y = 50 + 22 * r
-        draw.text((left - 8, y + 8), name.replace("_", " "), INK, font(12), anchor="rm")
-        draw.rectangle([left, y, right, y + 16], GROUND)
-        if value > 0:
-            draw.rectangle([left, y, left + value * (right - left), y + 16], colours[side_of(name)])
-        draw.text((right + 8, y + 8), f"{value:.2f}", INK, font(12), anchor="lm")
-    grids.save_png(canvas, path)
+    found = {name: value for name, value in per_joint.items() if value is not None}
+    sides = {"left": OVERLAY_LEFT, "right": OVERLAY_RIGHT, "middle": FAINT}
+    colours = np.reshape([sides[side_of(name)] for name in found], (-1, 3)) / 255
+    figure = Figure((6, 0.8 + 0.22 * len(found)), layout="constrained")
+    axis = figure.add_subplot(title=title, xlim=(0, 1.1))
+    names = [name.replace("_", " ") for name in found]
+    axis.bar_label(axis.barh(names, list(found.values()), color=colours), fmt="%.2f", padding=3)
+    axis.invert_yaxis()
+    write_atomic(path, lambda part: figure.savefig(part, format="png"))
 
 
 # --------------------------------------------------------------------------------------- attributes
@@ -100,28 +97,21 @@ def attribute_chart(names, train_ratio, test_ratio, scores, path):
     names: A texts; train_ratio, test_ratio, scores (A,) fractions. A bar begins at 50 %, which is
     chance, and goes to the left, in orange, where the score is below.
     """
-    text, left, bar, step = font(12), 170, 420, 20
-    canvas = Image.new("RGB", (left + bar + 190, 64 + step * len(names)), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((16, 12), "mA of each attribute (%)", INK, font(16, True))
-    draw.text((left + bar + 24, 40), "true in train   in test", FAINT, text)
-    for tick in range(0, 101, 25):
-        x = left + bar * tick / 100
-        draw.text((x, 40), str(tick), FAINT, text, anchor="ma")
-        draw.line([x, 58, x, canvas.height - 8], INK if tick == 50 else GROUND)
-    for row, a in enumerate(np.argsort(-np.asarray(scores), kind="stable")):
-        y, end = 62 + step * row, left + bar * float(scores[a])
-        draw.text((left - 10, y), wrapped(names[a], text, left - 26, 1)[0], INK, text, anchor="ra")
-        chance, figure = left + bar / 2, f"{100 * scores[a]:.1f}"
-        if scores[a] >= 0.5:
-            draw.rectangle([chance, y + 2, end, y + 13], OVERLAY_RIGHT)
-            draw.text((end + 5, y), figure, INK, text, anchor="la")
-        else:
-            draw.rectangle([end, y + 2, chance, y + 13], OVERLAY_LEFT)
-            draw.text((end - 5, y), figure, INK, text, anchor="ra")
-        for ratio, x in ((train_ratio[a], 100), (test_ratio[a], 160)):
-            draw.text((left + bar + x, y), f"{100 * ratio:.1f}", FAINT, text, anchor="ra")
-    grids.save_png(canvas, path)
+    order, rows = np.argsort(-np.asarray(scores), kind="stable"), range(len(names))
+    scores = 100 * np.asarray(scores)[order]
+    figure = Figure((7, 0.8 + 0.22 * len(rows)), layout="constrained")
+    axis = figure.add_subplot(xlim=(-15, 115), ylim=(len(rows) - 0.4, -0.6))
+    axis.set_title("mA of each attribute (%)", loc="left")
+    axis.set_title("true in train, in test (%)", loc="right", fontsize="medium")
+    colours = np.where(scores[:, None] < 50, OVERLAY_LEFT, OVERLAY_RIGHT) / 255
+    bars = axis.barh(rows, scores - 50, left=50, color=colours)
+    axis.bar_label(bars, [f"{score:.1f}" for score in scores], padding=3)
+    axis.axvline(50, color="black")
+    names = [wrapped(names[a], font(12), 150, 1)[0] for a in order]
+    axis.set_yticks(rows, names, parse_math=False)  # a name may hold two $
+    ratios = [f"{100 * train_ratio[a]:5.1f} {100 * test_ratio[a]:5.1f}" for a in order]
+    axis.secondary_yaxis("right").set_yticks(rows, ratios, family="monospace")
+    write_atomic(path, lambda part: figure.savefig(part, format="png"))
 
 
 def attribute_sheet(images, names, probabilities, labels, path, per_list=5):

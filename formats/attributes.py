@@ -93,11 +93,8 @@ def check(split, names, part, source):
     if len(unknown):
         found = f"labels of value {unknown[0]} in {part}"
         raise UserError(f"{source}: {found}; 0, 1 and 2 (uncertain, taken as 0) are known")
-    missing = [file for file in split.files if not os.path.isfile(file)]
-    if missing:
-        more = f"{len(missing) - 1} more {part} pictures"
-        raise UserError(f"{missing[0]} is missing (and {more}); set images=")
-    refuse_bad_pictures("", as_bytes("", split.files), source)
+    files, todo = as_bytes("", split.files), "mend or remove it, or set images="
+    refuse_bad_pictures("", files, source, todo)
 
 
 # ----------------------------------------------------------------------------------- official files

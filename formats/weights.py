@@ -16,7 +16,7 @@ from safetensors import safe_open
 from formats.transformers_names import from_transformers
 from model import SIZES, ViT
 from plumbing.config import Key
-from plumbing.errors import UserError, reading
+from plumbing.errors import UserError, and_more, reading
 from plumbing.files import is_finite, load_checkpoint, regular
 from plumbing.process import check_memory
 
@@ -121,8 +121,8 @@ def checked_weights(vit, state, path, grid):
     missing = [name for name in own if name not in found]
     lost = [name for name in missing if name != "pose_token" and ".controller." not in name]
     if lost:
-        more = f" (and {len(lost) - 1} more)"
-        raise UserError(f"{path}: {lost[0]} is missing{more}; the file is not a whole encoder")
+        what = f"{lost[0]} is missing{and_more(lost)}"
+        raise UserError(f"{path}: {what}; the file is not a whole encoder")
     return found, source, missing
 
 

@@ -67,6 +67,11 @@ def in_a_line(error, longest=200):
     return text if isinstance(error, UserError) else f"{type(error).__name__} {text}".strip()
 
 
+def and_more(things, named=1):
+    """For a message that names the first things of a list alone: " (and 3 more)", or nothing."""
+    return f" (and {len(things) - named} more)" if len(things) > named else ""
+
+
 # ------------------------------------------------------------------------------------- the last net
 
 
