@@ -205,8 +205,7 @@ def save(cfg, model):
 
 
 class Run:
-    """What training changes and last.pt keeps: weights, their moving average, the optimiser, the
-    best epoch so far."""
+    """What training changes and last.pt keeps: weights, their average, optimiser, best epoch."""
 
     def __init__(self, model, cfg):
         self.model, self.best, self.best_epoch = model, -1.0, 0
@@ -261,8 +260,7 @@ class Run:
 
 @torch.no_grad()
 def evaluate(cfg, model, split, ranks):
-    """Probabilities (N, A) float32 on every rank, in the order of the split. Ranks share the
-    pictures; each is seen once."""
+    """Probabilities (N, A) float32 on every rank, in the split's order; each rank does its part."""
     dataset = AttributePictures(split, model.encoder.image_size)
     own = common.rank_share(len(split.files), ranks)
     model.eval()
@@ -286,8 +284,7 @@ def evaluate_only(cfg, names, test, about, ranks):
 
 
 def report(cfg, model, test, ranks):
-    """The figures on the test pictures: files, pictures, and the lines people look at; the run is
-    done."""
+    """The figures on the test pictures: files, pictures, the lines people look at. Ends the run."""
     p = evaluate(cfg, model, test, ranks)
     scores, names, out = attribute_metrics(p, test.labels), model.names, Path(cfg.out)
     if ranks.rank == 0:
@@ -339,8 +336,7 @@ def draw(model, test, p, scores, out):
 
 
 def predict(cfg, ranks):
-    """A folder of pictures, or one → predictions.csv (probability of each attribute) and
-    predictions.png."""
+    """A folder of pictures, or one → predictions.csv (probabilities) and predictions.png."""
     files, split = read_pictures(cfg.predict)
     model, sentence = build_model(cfg)
     if common.open_run(cfg, KEYS, ranks) == "finished":

@@ -200,8 +200,7 @@ def save(cfg, model, optimizer, step, ranks):
 
 @torch.no_grad()
 def embed(cfg, model, people, ranks):
-    """Pictures → (N, D) float32 of length 1, on every rank. Each rank takes its part; no picture is
-    taken twice."""
+    """Pictures → (N, D) float32 of length 1, on every rank; each rank computes its part."""
     model.eval()
     rows = common.rank_share(len(people.files), ranks)
     dataset = ResizedPictures(people, (cfg.height, cfg.width), rows)
@@ -275,8 +274,7 @@ def report(cfg, result, query, gallery, ranks):
 
 
 def draw(cfg, result, query, gallery, each=3, columns=10):
-    """ranked_lists.png: the queries of best, median and worst average precision, and what was found
-    for them."""
+    """ranked_lists.png: what was found for queries of best, median and worst average precision."""
     n = len(result["ap"]) - result["unmatched"]
     order = np.argsort(-result["ap"], kind="stable")[:n]  # queries without a match (NaN) come last
     middle = n // 2 - each // 2

@@ -168,8 +168,7 @@ def main():
 
 
 def draw_noise(cfg, depth, step, ranks):
-    """Uniform numbers of a step, this rank's: of drop path (2·depth, B), or None without it, and
-    of the negatives (2, B, M)."""
+    """This rank's uniform numbers of a step: drop path (2·depth, B) or None; negatives (2, B, M)"""
     drop = common.rank_noise((common.DROP_PATH, cfg.seed, step), cfg.batch, 2 * depth, ranks)
     noise = common.rank_noise((common.NEGATIVE, cfg.seed, step), cfg.batch, 2 * cfg.batch, ranks)
     noise = noise.unflatten(1, (2, cfg.batch)).transpose(0, 1)
@@ -279,8 +278,7 @@ def evaluate_only(cfg, ranks):
 
 
 def evaluate(cfg, model, text, split, ranks):
-    """metrics.json and ranking.png. All ranks make the features, rank 0 ranks them. → its figures,
-    on other ranks {}."""
+    """metrics.json, ranking.png. All ranks make features, rank 0 ranks them. → figures, or {}."""
     gallery = Gallery(split.files, (cfg.height, cfg.width))
     v = embed_pictures(cfg, model, gallery, ranks)
     t = embed_texts(cfg, model, text, split.texts, ranks)

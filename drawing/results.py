@@ -1,7 +1,7 @@
 """What a person looks at after fine-tuning: poses, attributes, ranked lists, captions.
 
 Legend: N people · P pictures · K joints · A attributes. A sheet or chart is one PNG at `path`.
-Pictures are whatever grids.as_picture takes.
+Pictures are whatever as_picture takes.
 """
 
 import math
@@ -10,9 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from drawing import grids
 from drawing.curves import draw_curves  # noqa: F401  a stage finds it beside its other pictures
-from drawing.grids import FAINT, INK, PAPER, as_picture, font, sheet, wrapped
+from drawing.grids import FAINT, INK, PAPER, as_picture, font, framed, sheet, wrapped
 from drawing.skeletons import OVERLAY_LEFT, OVERLAY_RIGHT, SCORE_FLOOR, overlay, side_of
 from plumbing.files import write_atomic
 
@@ -114,7 +113,7 @@ def attribute_chart(names, train_ratio, test_ratio, scores, path):
     write_atomic(path, lambda part: figure.savefig(part, format="png"))
 
 
-def attribute_sheet(images, names, probabilities, labels, path, per_list=5):
+def attribute_sheet(images, names, probabilities, labels, path):
     """A card per picture: its surest right and wrong attributes, or its surest guesses.
 
     images: P pictures; probabilities (P, A); labels (P, A) 0/1, or None where they are not known.
@@ -135,7 +134,7 @@ def attribute_sheet(images, names, probabilities, labels, path, per_list=5):
             right = [a for a in right if p[a] > 0.5] + [a for a in right if p[a] <= 0.5]
             parts = [(f"right ({len(right)})", right, BLUE)]
             parts.append((f"wrong ({len(wrong)})", wrong, ORANGE))
-        cards.append(_card(as_picture(image), names, p, parts, per_list))
+        cards.append(_card(as_picture(image), names, p, parts))
     rows = [cards[i : i + 4] for i in range(0, len(cards), 4)]
     title = "Most confident attributes, right and wrong"
     if labels is None:
@@ -143,9 +142,9 @@ def attribute_sheet(images, names, probabilities, labels, path, per_list=5):
     sheet(rows, path, title=title)
 
 
-def _card(image, names, p, parts, per_list):
+def _card(image, names, p, parts):
     """One picture beside its lists. parts: (heading, attribute ids, colour); p (A,)."""
-    card = Image.new("RGB", (100 + 180, 2 * (per_list + 1) * 16 + 22), PAPER)
+    card = Image.new("RGB", (100 + 180, 214), PAPER)
     draw = ImageDraw.Draw(card)
     zoom = min(96 / image.width, (card.height - 4) / image.height)
     image = image.resize((max(1, round(image.width * zoom)), max(1, round(image.height * zoom))))
@@ -153,7 +152,7 @@ def _card(image, names, p, parts, per_list):
     y = 2
     for head, chosen, colour in parts:
         draw.text((106, y), head, FAINT, font(12, True))
-        for a in chosen[:per_list]:
+        for a in chosen[:5]:
             y += 16
             said = wrapped(("" if p[a] > 0.5 else "no ") + names[a], font(12), 130, 1)[0]
             draw.text((106, y), said, colour, font(12))
@@ -191,7 +190,7 @@ def judged(image, right):
     """
     if right is None:
         return image
-    image = grids.framed(image, RIGHT_ANSWER if right else WRONG_ANSWER)
+    image = framed(image, RIGHT_ANSWER if right else WRONG_ANSWER)
     if not right:
         draw, x, y = ImageDraw.Draw(image), image.width - 13, 4
         draw.rectangle([x, y, x + 9, y + 9], WRONG_ANSWER)

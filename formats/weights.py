@@ -285,8 +285,7 @@ def load_into(vit, path, state=None):
 
 
 def encoder_meta(path):
-    """What our encoder.safetensors says of itself, as text: size, height, width_px, patch_size, …;
-    of another file {}.
+    """What our encoder.safetensors says of itself, as text: size, height, …; of another file {}.
 
     Raises UserError for a file that cannot be read, or that says it otherwise than meta_of does.
     """
@@ -330,8 +329,7 @@ def training_of(cfg, keys, steps):
 
 
 def take_settings(cfg, stage, mark, *names):
-    """With weights=, the file of a finished run of `stage` decides about the model: its settings
-    replace cfg's.
+    """Settings of the model in weights=, of a finished run of `stage`, replace cfg's.
 
     These are size, patch, pose_token, height, width and the stage's own `names`. mark: an entry
     that only its files have.

@@ -179,8 +179,7 @@ class Progress:
 
 
 def same_size(jobs, batch):
-    """Jobs (source, k) → batches of sources of one size. What shares a batch depends on the jobs
-    alone: sorting is stable."""
+    """Jobs (source, k) → batches of one size. The jobs alone decide what shares a batch."""
     jobs = sorted(jobs, key=lambda job: job[0].size)
     for _, same in groupby(jobs, key=lambda job: job[0].size):
         same = list(same)

@@ -64,8 +64,7 @@ def read_mat(path):
 
 
 def write_atomic(path, write, durable=True):
-    """`write(temporary path)`, flush to disk, rename to `path`: after a kill or a full disk the old
-    file is whole.
+    """`write(temporary path)`, flush, rename: after a kill or a full disk the old file is whole.
 
     The temporary name is this process's own, so that two writers never publish each other's halves.
     durable: false flushes nothing, and a power cut may leave the new file empty.
@@ -113,8 +112,7 @@ def new_files(out, names, source):
 
 
 def save_checkpoint(path, **state):
-    """Tensors and plain Python values only, so that it loads with weights_only=True. Equal states,
-    equal bytes."""
+    """Tensors and plain values: it loads with weights_only=True. Equal states, equal bytes."""
 
     def write(part):
         # Given a name, torch would write it into the file, and the temporary one has a number.
@@ -125,8 +123,7 @@ def save_checkpoint(path, **state):
 
 
 def canonical(value):
-    """The same value in new containers with interned text: pickle writes shared objects differently
-    from equal ones."""
+    """The value in new containers, text interned: pickle tells shared objects from equal ones."""
     if isinstance(value, dict):
         return {canonical(k): canonical(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -173,8 +170,7 @@ def is_finite(tensor):
 
 
 def save_weights(path, module, **meta):
-    """Weights only, plain names, as safetensors; `meta` tells a fork what is needed to build the
-    module again.
+    """Weights only, plain names, as safetensors; `meta`: what a fork needs to build the module.
 
     The metadata is one JSON text: safetensors writes several entries in an order of its own, never
     the same bytes.

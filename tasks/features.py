@@ -26,14 +26,12 @@ TOKENS = ("cls", "pose", "both", "patch_mean", "patch_max")
 
 
 def reads_pose(choice):
-    """Does this `token` or `tokens` use [POSE]? Others' weights have none: only then one is added,
-    untrained."""
+    """Does `token` or `tokens` use [POSE]? Only then others' weights are given one, untrained."""
     return choice in ("pose", "both", "add", "add_cls_pose")
 
 
 def token_features(tokens, n_special, choice):
-    """What stands for the whole picture: tokens (B, S + N, D) of the encoder → (B, D), or (B, 2D)
-    for "both".
+    """A picture's feature: tokens (B, S + N, D) of the encoder → (B, D), or (B, 2D) for "both".
 
     cls, pose: that token; both: the two side by side; patch_mean, patch_max: over the patches,
     without special tokens.
@@ -48,8 +46,7 @@ def token_features(tokens, n_special, choice):
 
 
 def feature_width(encoder, choice):
-    """Width of token_features. Raises UserError for a choice that needs [POSE] where the encoder
-    has none."""
+    """Width of token_features. UserError for a choice that needs [POSE] where there is none."""
     if choice in ("pose", "both") and encoder.n_special < 2:
         raise UserError(f"token={choice} needs an encoder with [POSE]; use token=cls or patch_mean")
     return encoder.width * (2 if choice == "both" else 1)
