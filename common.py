@@ -38,7 +38,9 @@ from plumbing.files import (
     save_checkpoint,
     save_weights,
     write_atomic,
+    write_csv,
     write_json,
+    write_npz,
 )
 from plumbing.loading import EpochBatches, StepSampler, training_loader
 from plumbing.process import check_memory, end_with_parent, lock

@@ -338,9 +338,8 @@ class PoseBatches(StepSampler):
         counts, total = offered, int(offered.sum())
         if shares:
             if len(shares) != len(counts) or min(shares) < 0 or sum(shares) <= 0:
-                raise UserError(
-                    f"shares={shares} must be one number ≥ 0 per annotation file ({len(counts)})"
-                )
+                files = f"annotation file ({len(counts)})"
+                raise UserError(f"shares={shares} must be one number ≥ 0 per {files}")
             ends = np.round(np.cumsum(shares) / np.sum(shares) * total).astype(int)
             counts = np.diff(ends, prepend=0)
         in_a_batch = np.ceil(counts * self.slots / max(total, 1)) + 1

@@ -28,7 +28,6 @@ import common  # first: Ctrl-C while the libraries load
 
 # isort: split
 import copy
-import csv
 import json
 import sys
 from pathlib import Path
@@ -294,7 +293,7 @@ def report(cfg, model, test, ranks):
         common.write_json(out / "metrics.json", summary)
         rows = table(model, scores)
         header = ("attribute", "train_positive", "test_positive", "mA", "tpr", "tnr")
-        write_csv(out / "attributes.csv", header, rows)
+        common.write_csv(out / "attributes.csv", header, rows, end="\r\n")
         draw(model, test, p, scores, out)
         common.finish_run(out)
         lines = [f"{'attribute':24}  train +%   test +%        mA       TPR       TNR   (%)"]
@@ -347,20 +346,13 @@ def predict(cfg, ranks):
     if ranks.rank == 0:
         out = Path(cfg.out)
         rows = [(name, *(f"{v:.4f}" for v in row)) for name, row in zip(files, p)]
-        write_csv(out / "predictions.csv", ("image", *model.names), rows)
+        header = ("image", *model.names)
+        common.write_csv(out / "predictions.csv", header, rows, end="\r\n")
         images = [split.load(i) for i in range(min(12, len(files)))]
         sheets.attribute_sheet(images, model.names, p[:12], None, out / "predictions.png")
         common.finish_run(out)
         print(f"wrote {out}/predictions.csv ({len(files)} pictures), predictions.png")
     common.barrier()
-
-
-def write_csv(path, header, rows):
-    def write(part):
-        with open(part, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([header, *rows])
-
-    common.write_atomic(path, write)
 
 
 def check(cfg):

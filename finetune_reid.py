@@ -318,7 +318,7 @@ def predict(cfg, ranks, shown=40, columns=10):
         nearest, similarity = nearest_others(z, k)
         files = np.array([name.decode() for name in people.files])
         arrays = dict(files=files, embeddings=z, nearest=nearest, similarity=similarity)
-        common.write_atomic(out / "embeddings.npz", lambda part: write_npz(part, arrays))
+        common.write_npz(out / "embeddings.npz", arrays)
         wrote = f"wrote {out}/embeddings.npz ({N} pictures x {z.shape[1]})"
         if k:  # there are others
             title = f"The {k} most alike pictures"
@@ -331,11 +331,6 @@ def predict(cfg, ranks, shown=40, columns=10):
         common.finish_run(out)
         print(wrote)
     common.barrier()
-
-
-def write_npz(path, arrays):
-    with open(path, "wb") as file:  # given a name, NumPy would add .npz to it
-        np.savez(file, **arrays)
 
 
 def check(cfg):

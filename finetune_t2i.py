@@ -231,10 +231,10 @@ class TextToImage(nn.Module):
         return v, t, self.classifier(v), self.classifier(t)
 
 
-def build_model(cfg, train_split, device):
+def build_model(cfg, split, device):
     """→ (model, text side, what its file will say of it, a sentence about it).
 
-    With weights= all settings come from that file, and train_split may be None.
+    split: to train on. With weights= all settings come from that file, and it may be None.
     """
     own = ("token", "project", "text", "max_tokens")
     m, about = take_settings(cfg, "finetune_t2i.py", "vocabulary", *own)
@@ -246,12 +246,10 @@ def build_model(cfg, train_split, device):
             raise UserError(f"{cfg.weights} was trained with {wide}")
         words, width, vocabulary = None, text.width, []
     else:
-        text = (
-            Words(json.loads(m["vocabulary"])) if m else Words.of(train_split.texts, cfg.min_count)
-        )
+        text = Words(json.loads(m["vocabulary"])) if m else Words.of(split.texts, cfg.min_count)
         words, width, vocabulary = len(text), WORD_WIDTH, text.words
         kind = f"{words} words"
-    persons = int(m["persons"]) if m else train_split.persons
+    persons = int(m["persons"]) if m else split.persons
     model = TextToImage(encoder, cfg.token, cfg.project, persons, words, width)
     if m:
         common.load_weights(model, common.load_checkpoint(cfg.weights), cfg.weights)

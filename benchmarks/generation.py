@@ -21,9 +21,8 @@ def networks(D=768, channels=(320, 640, 1280, 1280), vae=(128, 256, 512, 512)):
     and the adapter, most of which are diffusers' defaults."""
     import diffusers
 
-    unet = diffusers.UNet2DConditionModel(
-        block_out_channels=channels, cross_attention_dim=D, sample_size=64
-    )
+    sizes = dict(block_out_channels=channels, cross_attention_dim=D, sample_size=64)
+    unet = diffusers.UNet2DConditionModel(**sizes)
     autoencoder = diffusers.AutoencoderKL(
         block_out_channels=vae, layers_per_block=2,
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,

@@ -179,13 +179,8 @@ def resized_positions(positions, grid, source_grid, path):
     else:
         # Ours, unchanged; with a [CLS] position in front: square (most), this grid, h = 2w (HAP);
         # ours of h = 2w.
-        guesses = [
-            (grid, 0),
-            ((side, side), 1),
-            (grid, 1),
-            ((2 * half, half), 1),
-            ((2 * half, half), 0),
-        ]
+        guesses = [(grid, 0), ((side, side), 1), (grid, 1)]
+        guesses += [((2 * half, half), 1), ((2 * half, half), 0)]
         guesses.append(((round(n**0.5), round(n**0.5)), 0))  # timm's no_embed_class
     fits = [(h, w, front) for (h, w), front in guesses if front in (0, 1) and h * w + front == n]
     if not fits:
@@ -226,11 +221,8 @@ def build_encoder(cfg, reads_pose, drop_path=0.0, semantic_weight=0.8):
         if any(re.match(REGISTER, name) for name in tensors_of(state)):
             pose_token = True
     if meta:
-        size, patch, pose_token = (
-            meta["size"],
-            int(meta["patch_size"]),
-            meta["pose_token"] == "True",
-        )
+        size, patch = meta["size"], int(meta["patch_size"])
+        pose_token = meta["pose_token"] == "True"
     if cfg.height % patch or cfg.width % patch:
         sides = f"height={cfg.height} and width={cfg.width}"
         raise UserError(f"{sides} must be multiples of the patch side, {patch} px")

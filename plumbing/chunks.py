@@ -200,6 +200,14 @@ def clean_up(out):
         stray.unlink(missing_ok=True)
 
 
+def is_finished(state, out, ranks):
+    """Is there nothing to do? Then say so, and clean up. state: as common.open_run gives it."""
+    if state == "finished" and ranks.rank == 0:
+        clean_up(out)  # what a kill just after `done` left
+        report(out)
+    return state == "finished"
+
+
 def report(out):
     """Print what a person wants to know of a finished run."""
     for name, value in read_json(out / "summary.json").items():

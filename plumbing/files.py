@@ -2,6 +2,7 @@
 at all."""
 
 import argparse
+import csv
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
@@ -92,6 +94,26 @@ def write_atomic(path, write, durable=True):
 
 def write_json(path, value, indent=1):
     write_atomic(path, lambda part: part.write_text(json.dumps(value, indent=indent) + "\n"))
+
+
+def write_csv(path, header, rows, end="\n"):
+    def write(part):
+        with open(part, "w", encoding="utf-8", newline="") as file:
+            lines = csv.writer(file, lineterminator=end)
+            lines.writerow(header)
+            lines.writerows(rows)
+
+    write_atomic(path, write)
+
+
+def write_npz(path, arrays):
+    """NumPy's .npz of {name: array}."""
+
+    def write(part):
+        with open(part, "wb") as file:  # given a name, NumPy would add .npz to it
+            np.savez(file, **arrays)
+
+    write_atomic(path, write)
 
 
 def new_files(out, names, source):

@@ -19,7 +19,7 @@ from formats.weights import read_encoder
 from model import normalize
 from plumbing.config import separate_out
 from plumbing.errors import UserError
-from plumbing.files import write_atomic
+from plumbing.files import write_npz
 from plumbing.pictures import load_picture
 
 TOKENS = ("cls", "pose", "both", "patch_mean", "patch_max")
@@ -97,17 +97,6 @@ def folder_features(cfg, encoder, people, ranks):
     return dict(zip(names, gathered))
 
 
-def write_features(path, people, features):
-    """NumPy's .npz: files (N,) text, names below their folder, and the arrays of `features`."""
-    arrays = {"files": np.array([name.decode() for name in people.files])} | features
-
-    def write(part):
-        with open(part, "wb") as file:  # given a name, NumPy would add .npz to it
-            np.savez(file, **arrays)
-
-    write_atomic(path, write)
-
-
 def predict(cfg, keys, ranks):
     """pretrain.py's predict=: a folder of pictures, or one → features.npz and, of several, a sheet
     of the nearest ones for each token. keys: the stage's table.
@@ -126,11 +115,11 @@ def predict(cfg, keys, ranks):
     if ranks.rank == 0:
         print(about, file=sys.stderr)
         out, N = Path(cfg.out), len(people.files)
-        write_features(out / "features.npz", people, features)
+        files = [name.decode() for name in people.files]
+        write_npz(out / "features.npz", {"files": np.array(files)} | features)
         drawn = []
         if N > 1:
             pictures = ResizedPictures(people, encoder.image_size, range(N))
-            files = [name.decode() for name in people.files]
             drawn = nearest_sheets(pictures, files, features, out)
         common.finish_run(cfg.out)
         shape = f"{N} pictures x {encoder.width}: {', '.join(features)}"
