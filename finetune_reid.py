@@ -213,8 +213,7 @@ def embed(cfg, model, people, ranks):
 
 
 def evaluate(cfg, model, query, gallery, ranks):
-    """→ dict of ranking_metrics, "features" (of queries and of gallery), "reranked" (the metrics
-    again, if asked).
+    """→ ranking_metrics, "features" (of queries, of gallery) and, if asked, "reranked" (metrics).
 
     The features are made by all ranks. Rank 0 ranks them (the other ranks get the features only),
     with the threads of all, for torchrun gives a rank one.

@@ -13,8 +13,7 @@ from drawing.grids import as_picture, sheet
 
 # ----------------------------------------------------------------------- conditions for a generator
 
-# A joint is drawn from this score on [T2I-Adapter]. COCO's visibility 0/1/2 works as a score:
-# labelled (> 0) is drawn.
+# A joint is drawn from this score on [T2I-Adapter]: of COCO's visibilities 0/1/2 from 1 on.
 SCORE_FLOOR = 0.1
 
 # Keypose drawing, RGB [T2I-Adapter]: the colours carry meaning for the adapter's weights.

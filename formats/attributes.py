@@ -101,8 +101,7 @@ def check(split, names, part, source):
 
 
 def read_pa100k(cfg, document):
-    """annotation.mat: attributes (26 names), and for train, val, test X_images_name (N names) and
-    X_label (N, 26)."""
+    """annotation.mat: attributes (26); for train, val, test X_images_name (N), X_label (N, 26)."""
     splits = {}
     for part in PARTS:
         files = below(cfg, "data", texts(document[f"{part}_images_name"]))
@@ -112,8 +111,7 @@ def read_pa100k(cfg, document):
 
 
 def read_peta(cfg, document):
-    """PETA.mat: struct peta of 4 fields, by place: data (19000, 4 + 105), attribute names (105),
-    selected, partition.
+    """PETA.mat: struct peta, by place: data (19000, 4 + 105), names (105), selected, partition.
 
     The first 4 columns of data are ids; the first 35 attributes are the evaluated ones. partition:
     5 structs of 1-based train, val, test. Pictures are 00001.png … in the order of the rows.

@@ -170,8 +170,7 @@ def check_shape(vit, source, found, path):
 
 
 def resized_positions(positions, grid, source_grid, path):
-    """(1, N' or 1 + N', D) → ([CLS] position (1, 1, D) or 0, patch positions (1, h·w, D)), bicubic
-    [MAE]."""
+    """(1, N' or 1 + N', D) → ([CLS]'s position (1, 1, D) or 0, the patches' (1, h·w, D)) [MAE]."""
     n = positions.shape[1]
     side, half = round((n - 1) ** 0.5), round(((n - 1) / 2) ** 0.5)
     if source_grid is not None:

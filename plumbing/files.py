@@ -80,8 +80,7 @@ def write_atomic(path, write, durable=True):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch wraps a failed write in an error of its own: then the disk is asked, while the part
-        # still fills it.
+        # torch wraps a failed write in its own error: the disk is asked, still filled by the part.
         full = getattr(error, "errno", None) in DISK_FULL
         if not isinstance(error, OSError):
             full = shutil.disk_usage(path.parent).free < 1 << 20
