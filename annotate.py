@@ -34,7 +34,7 @@ from drawing.skeletons import people_sheet
 from formats.coco import MIN_SCORE, write_image_captions, write_people
 from formats.joints import COCO_CATEGORY, COCO_JOINTS
 from formats.prompts import filled_in
-from plumbing.chunks import Chunks, Progress, clean_up, mark_done, person_row, report
+from plumbing.chunks import Chunks, Progress, is_finished, mark_done, person_row, report
 from plumbing.config import MACHINE, Key, read_config
 from plumbing.pictures import load_picture, pictures_at
 from tasks.recognition import Captioner, Detector, PoseEstimator
@@ -69,7 +69,7 @@ def main():
         raise UserError("pictures= names nothing; give a folder of pictures, or a list of them")
     ranks = common.start_ranks(cfg.device, cfg.precision)
     out = Path(cfg.out)
-    if (out / "done").exists() and is_finished(cfg, ranks):
+    if (out / "done").exists() and is_finished(common.open_run(cfg, KEYS, ranks), out, ranks):
         return
 
     # Pictures and models: what can be wrong with them is found before the run folder is made.
@@ -78,7 +78,7 @@ def main():
         names = [names[i] for i in np.linspace(0, len(names) - 1, cfg.limit).round().astype(int)]
         names = list(dict.fromkeys(names))
     models = Models(cfg, ranks.device)
-    if is_finished(cfg, ranks):  # makes the run folder
+    if is_finished(common.open_run(cfg, KEYS, ranks), out, ranks):
         return
 
     def annotate(numbers):
@@ -159,9 +159,8 @@ def annotate_batch(cfg, models, names, batch):
         people = [i for i, one in enumerate(boxes) if len(one)]
         joints = {}
         if people:
-            found = models.estimator.find(
-                [pictures[i] for i in people], [boxes[i][:, :4] for i in people]
-            )
+            shown = [pictures[i] for i in people]
+            found = models.estimator.find(shown, [boxes[i][:, :4] for i in people])
             joints = dict(zip(people, found))
     for i, number in enumerate(numbers):
         about = dict(file_name=names[number], size=pictures[i].size)
@@ -254,19 +253,6 @@ def draw_sheet(cfg, work, folder, pictures):
     links = [(a - 1, b - 1) for a, b in COCO_CATEGORY["skeleton"]]
     title = f"Poses found by {Path(cfg.pose_model).name}: left orange, right blue"
     people_sheet(shown, links, COCO_JOINTS, Path(cfg.out) / "sheet.png", title)
-
-
-# ------------------------------------------------------------------------------------------- checks
-
-
-def is_finished(cfg, ranks):
-    """Make or enter the run folder. Is there nothing to do? Then say so, and clean up."""
-    if common.open_run(cfg, KEYS, ranks) != "finished":
-        return False
-    if ranks.rank == 0:
-        clean_up(Path(cfg.out))
-        report(Path(cfg.out))
-    return True
 
 
 if __name__ == "__main__":

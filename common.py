@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from plumbing import errors
-from plumbing.errors import Stopped, UserError, run_stage
+from plumbing.errors import Stopped, UserError, and_more, run_stage
 from plumbing.files import (
     load_checkpoint,
     load_weights,
@@ -38,7 +38,9 @@ from plumbing.files import (
     save_checkpoint,
     save_weights,
     write_atomic,
+    write_csv,
     write_json,
+    write_npz,
 )
 from plumbing.loading import EpochBatches, StepSampler, training_loader
 from plumbing.process import check_memory, end_with_parent, lock
@@ -330,11 +332,10 @@ class StepLog:
             odd = (~finite).nonzero().flatten().tolist()
             rows = bad.nonzero().flatten().tolist() or range(len(index))
             pictures = [self.dataset.name(int(index[i])) for i in rows]
-            more = f" and {len(pictures) - 8} more" if len(pictures) > 8 else ""
             raise UserError(
                 f"non-finite loss or gradient at step {step} on rank(s) {odd}; this rank's "
-                f"pictures: {', '.join(pictures[:8])}{more}; the last checkpoint stays; lower the "
-                "learning rate or look at them"
+                f"pictures: {', '.join(pictures[:8])}{and_more(pictures, 8)}; the last "
+                "checkpoint stays; lower the learning rate or look at them"
             )
         self.stopping = not ranks[:, -1].all()
         if step % self.every == 0:

@@ -79,15 +79,15 @@ class PretrainPictures(Dataset):
         people, pose_id = self.people[f], self.pose_id[index]
         picture = load_picture(people.folder, people.files[row], people.size[row])
         region = padded_box(people.boxes[row], self.options.box_padding, people.size[row])
+        shape = self.size[1] / self.size[0]
         if self.options.region == "grow":
-            region = grown_region(region, self.size[1] / self.size[0], people.size[row])
+            region = grown_region(region, shape, people.size[row])
         # What the pictures of a pose share comes from one stream, the rest from their own.
         whole, single = (0, pose_id), (1, index)
         shared = self.options.shared if pose_id >= 0 else "nothing"
         seed_all(FLIP, self.seed, epoch, *(single if shared == "nothing" else whole))
         mirrored = torch.rand(()) < 0.5
         seed_all(CROP, self.seed, epoch, *(whole if shared == "crop" else single))
-        shape = self.size[1] / self.size[0]
         left, top, cw, ch = random_crop(*region[2:], self.options.crop_min, shape)
         crop = region[0] + left, region[1] + top, cw, ch
         seed_all(SAMPLE, self.seed, epoch, index)
@@ -188,8 +188,8 @@ def noise_size(grid):
 def part_guided_mask(keypoints, grid, mask_ratio, patch_size, generator=None, noise=None):
     """Part-guided masks [HAP], for a whole batch at once.
 
-    keypoints: (B, 17, 3) COCO-17 joints in input pixels, third column 0 = missing · grid: (h, w)
-    patches.
+    keypoints: (B, 17, 3) COCO-17 joints in input pixels, third column 0 = missing.
+    grid: (h, w) patches.
     generator: where the randomness comes from, or noise: (B, noise_size(grid)) uniform numbers
     drawn by the caller for the global batch and cut to this rank's rows, which makes masks
     independent of the number of ranks.
@@ -203,8 +203,7 @@ def part_guided_mask(keypoints, grid, mask_ratio, patch_size, generator=None, no
     n_masked = round(mask_ratio * N)
     block, order, k, amount, within, rest = noise.split(noise_parts(grid), 1)
 
-    # Levels of the masking order: part 0..5 in this picture's shuffled order, 6 block-masked, 7 the
-    # rest.
+    # Levels of the masking order: 0 … 5 parts in this picture's order, 6 the block, 7 the rest.
     level = torch.where(block_mask(block, grid, n_masked), 6, 7)
     part = part_patches(keypoints, grid, patch_size)  # (B, 6, N)
     size = part.sum(2)  # (B, 6) patches of each part
@@ -256,8 +255,7 @@ def part_patches(keypoints, grid, patch_size):
 
 
 def block_mask(noise, grid, budget):
-    """Block mask [HAP, after BEiT]: random rectangles, never beyond the budget. → bool (B, N); may
-    stop short.
+    """Block mask [HAP, after BEiT] of random rectangles: bool (B, N), at most `budget` True a row.
 
     A round draws up to 10 rectangles: area uniform between 12 patches and what is left of the
     budget (below 12 at the end), aspect log-uniform in [.3, 1/.3], place uniform. It keeps the
@@ -340,9 +338,8 @@ class PoseBatches(StepSampler):
         counts, total = offered, int(offered.sum())
         if shares:
             if len(shares) != len(counts) or min(shares) < 0 or sum(shares) <= 0:
-                raise UserError(
-                    f"shares={shares} must be one number ≥ 0 per annotation file ({len(counts)})"
-                )
+                files = f"annotation file ({len(counts)})"
+                raise UserError(f"shares={shares} must be one number ≥ 0 per {files}")
             ends = np.round(np.cumsum(shares) / np.sum(shares) * total).astype(int)
             counts = np.diff(ends, prepend=0)
         in_a_batch = np.ceil(counts * self.slots / max(total, 1)) + 1

@@ -28,7 +28,6 @@ import common  # first: Ctrl-C while the libraries load
 
 # isort: split
 import copy
-import csv
 import json
 import sys
 from pathlib import Path
@@ -205,8 +204,7 @@ def save(cfg, model):
 
 
 class Run:
-    """What training changes and last.pt keeps: weights, their moving average, the optimiser, the
-    best epoch so far."""
+    """What training changes and last.pt keeps: weights, their average, optimiser, best epoch."""
 
     def __init__(self, model, cfg):
         self.model, self.best, self.best_epoch = model, -1.0, 0
@@ -261,8 +259,7 @@ class Run:
 
 @torch.no_grad()
 def evaluate(cfg, model, split, ranks):
-    """Probabilities (N, A) float32 on every rank, in the order of the split. Ranks share the
-    pictures; each is seen once."""
+    """Probabilities (N, A) float32 on every rank, in the split's order; each rank does its part."""
     dataset = AttributePictures(split, model.encoder.image_size)
     own = common.rank_share(len(split.files), ranks)
     model.eval()
@@ -286,8 +283,7 @@ def evaluate_only(cfg, names, test, about, ranks):
 
 
 def report(cfg, model, test, ranks):
-    """The figures on the test pictures: files, pictures, and the lines people look at; the run is
-    done."""
+    """The figures on the test pictures: files, pictures, the lines people look at. Ends the run."""
     p = evaluate(cfg, model, test, ranks)
     scores, names, out = attribute_metrics(p, test.labels), model.names, Path(cfg.out)
     if ranks.rank == 0:
@@ -297,7 +293,7 @@ def report(cfg, model, test, ranks):
         common.write_json(out / "metrics.json", summary)
         rows = table(model, scores)
         header = ("attribute", "train_positive", "test_positive", "mA", "tpr", "tnr")
-        write_csv(out / "attributes.csv", header, rows)
+        common.write_csv(out / "attributes.csv", header, rows, end="\r\n")
         draw(model, test, p, scores, out)
         common.finish_run(out)
         lines = [f"{'attribute':24}  train +%   test +%        mA       TPR       TNR   (%)"]
@@ -339,8 +335,7 @@ def draw(model, test, p, scores, out):
 
 
 def predict(cfg, ranks):
-    """A folder of pictures, or one → predictions.csv (probability of each attribute) and
-    predictions.png."""
+    """A folder of pictures, or one → predictions.csv (probabilities) and predictions.png."""
     files, split = read_pictures(cfg.predict)
     model, sentence = build_model(cfg)
     if common.open_run(cfg, KEYS, ranks) == "finished":
@@ -351,20 +346,13 @@ def predict(cfg, ranks):
     if ranks.rank == 0:
         out = Path(cfg.out)
         rows = [(name, *(f"{v:.4f}" for v in row)) for name, row in zip(files, p)]
-        write_csv(out / "predictions.csv", ("image", *model.names), rows)
+        header = ("image", *model.names)
+        common.write_csv(out / "predictions.csv", header, rows, end="\r\n")
         images = [split.load(i) for i in range(min(12, len(files)))]
         sheets.attribute_sheet(images, model.names, p[:12], None, out / "predictions.png")
         common.finish_run(out)
         print(f"wrote {out}/predictions.csv ({len(files)} pictures), predictions.png")
     common.barrier()
-
-
-def write_csv(path, header, rows):
-    def write(part):
-        with open(part, "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([header, *rows])
-
-    common.write_atomic(path, write)
 
 
 def check(cfg):

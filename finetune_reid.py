@@ -200,8 +200,7 @@ def save(cfg, model, optimizer, step, ranks):
 
 @torch.no_grad()
 def embed(cfg, model, people, ranks):
-    """Pictures → (N, D) float32 of length 1, on every rank. Each rank takes its part; no picture is
-    taken twice."""
+    """Pictures → (N, D) float32 of length 1, on every rank; each rank computes its part."""
     model.eval()
     rows = common.rank_share(len(people.files), ranks)
     dataset = ResizedPictures(people, (cfg.height, cfg.width), rows)
@@ -214,8 +213,7 @@ def embed(cfg, model, people, ranks):
 
 
 def evaluate(cfg, model, query, gallery, ranks):
-    """→ dict of ranking_metrics, "features" (of queries and of gallery), "reranked" (the metrics
-    again, if asked).
+    """→ ranking_metrics, "features" (of queries, of gallery) and, if asked, "reranked" (metrics).
 
     The features are made by all ranks. Rank 0 ranks them (the other ranks get the features only),
     with the threads of all, for torchrun gives a rank one.
@@ -275,8 +273,7 @@ def report(cfg, result, query, gallery, ranks):
 
 
 def draw(cfg, result, query, gallery, each=3, columns=10):
-    """ranked_lists.png: the queries of best, median and worst average precision, and what was found
-    for them."""
+    """ranked_lists.png: what was found for queries of best, median and worst average precision."""
     n = len(result["ap"]) - result["unmatched"]
     order = np.argsort(-result["ap"], kind="stable")[:n]  # queries without a match (NaN) come last
     middle = n // 2 - each // 2
@@ -320,7 +317,7 @@ def predict(cfg, ranks, shown=40, columns=10):
         nearest, similarity = nearest_others(z, k)
         files = np.array([name.decode() for name in people.files])
         arrays = dict(files=files, embeddings=z, nearest=nearest, similarity=similarity)
-        common.write_atomic(out / "embeddings.npz", lambda part: write_npz(part, arrays))
+        common.write_npz(out / "embeddings.npz", arrays)
         wrote = f"wrote {out}/embeddings.npz ({N} pictures x {z.shape[1]})"
         if k:  # there are others
             title = f"The {k} most alike pictures"
@@ -333,11 +330,6 @@ def predict(cfg, ranks, shown=40, columns=10):
         common.finish_run(out)
         print(wrote)
     common.barrier()
-
-
-def write_npz(path, arrays):
-    with open(path, "wb") as file:  # given a name, NumPy would add .npz to it
-        np.savez(file, **arrays)
 
 
 def check(cfg):

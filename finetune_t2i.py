@@ -168,8 +168,7 @@ def main():
 
 
 def draw_noise(cfg, depth, step, ranks):
-    """Uniform numbers of a step, this rank's: of drop path (2·depth, B), or None without it, and
-    of the negatives (2, B, M)."""
+    """This rank's uniform numbers of a step: drop path (2·depth, B) or None; negatives (2, B, M)"""
     drop = common.rank_noise((common.DROP_PATH, cfg.seed, step), cfg.batch, 2 * depth, ranks)
     noise = common.rank_noise((common.NEGATIVE, cfg.seed, step), cfg.batch, 2 * cfg.batch, ranks)
     noise = noise.unflatten(1, (2, cfg.batch)).transpose(0, 1)
@@ -232,10 +231,10 @@ class TextToImage(nn.Module):
         return v, t, self.classifier(v), self.classifier(t)
 
 
-def build_model(cfg, train_split, device):
+def build_model(cfg, split, device):
     """→ (model, text side, what its file will say of it, a sentence about it).
 
-    With weights= all settings come from that file, and train_split may be None.
+    split: to train on. With weights= all settings come from that file, and it may be None.
     """
     own = ("token", "project", "text", "max_tokens")
     m, about = take_settings(cfg, "finetune_t2i.py", "vocabulary", *own)
@@ -247,12 +246,10 @@ def build_model(cfg, train_split, device):
             raise UserError(f"{cfg.weights} was trained with {wide}")
         words, width, vocabulary = None, text.width, []
     else:
-        text = (
-            Words(json.loads(m["vocabulary"])) if m else Words.of(train_split.texts, cfg.min_count)
-        )
+        text = Words(json.loads(m["vocabulary"])) if m else Words.of(split.texts, cfg.min_count)
         words, width, vocabulary = len(text), WORD_WIDTH, text.words
         kind = f"{words} words"
-    persons = int(m["persons"]) if m else train_split.persons
+    persons = int(m["persons"]) if m else split.persons
     model = TextToImage(encoder, cfg.token, cfg.project, persons, words, width)
     if m:
         common.load_weights(model, common.load_checkpoint(cfg.weights), cfg.weights)
@@ -279,8 +276,7 @@ def evaluate_only(cfg, ranks):
 
 
 def evaluate(cfg, model, text, split, ranks):
-    """metrics.json and ranking.png. All ranks make the features, rank 0 ranks them. → its figures,
-    on other ranks {}."""
+    """metrics.json, ranking.png. All ranks make features, rank 0 ranks them. → figures, or {}."""
     gallery = Gallery(split.files, (cfg.height, cfg.width))
     v = embed_pictures(cfg, model, gallery, ranks)
     t = embed_texts(cfg, model, text, split.texts, ranks)

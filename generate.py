@@ -39,7 +39,7 @@ from drawing import skeletons
 from formats.coco import MIN_SCORE, Limits, read_people, write_people
 from formats.prompts import check_prompts, people_of_prompts, read_prompts
 from plumbing import diffusion
-from plumbing.chunks import Chunks, Progress, clean_up, mark_done, person_row, report, same_size
+from plumbing.chunks import Chunks, Progress, is_finished, mark_done, person_row, report, same_size
 from plumbing.config import MACHINE, Key, read_config
 from tasks.audit import Auditor
 
@@ -110,7 +110,7 @@ def main():
     device = "cpu" if cfg.backend == "puppet" else cfg.device
     ranks = common.start_ranks(device, cfg.precision)
     out = Path(cfg.out)
-    if (out / "done").exists() and is_finished(asked, ranks):
+    if (out / "done").exists() and is_finished(common.open_run(asked, KEYS, ranks), out, ranks):
         return
 
     # Poses and prompts. What can be wrong with them is found before the run folder is made.
@@ -127,7 +127,7 @@ def main():
         units, make = puppet.pose_set.plan(cfg, people, rows)
     else:
         units, make = plan_painting(cfg, people, rows, prompts, ranks.device)
-    if is_finished(asked, ranks):  # makes the run folder
+    if is_finished(common.open_run(asked, KEYS, ranks), out, ranks):
         return
 
     # Pictures, a chunk at a time, shared out to all ranks. What is there already stays.
@@ -351,16 +351,6 @@ def write_lists(cfg, work, left_out):
 
 
 # ------------------------------------------------------------------------------------------- checks
-
-
-def is_finished(asked, ranks):
-    """Make or enter the run folder. Is there nothing to do? Then say so, and clean up."""
-    if common.open_run(asked, KEYS, ranks) != "finished":
-        return False
-    if ranks.rank == 0:
-        clean_up(Path(asked.out))  # what a kill just after `done` left
-        report(Path(asked.out))
-    return True
 
 
 def check(cfg):

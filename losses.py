@@ -30,8 +30,7 @@ def world_size():
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """(B, …) on each rank → (M, …) on every rank. Backward: sum of all ranks' gradients, own rows
-    of it.
+    """(B, …) on each rank → (M, …) on all. Backward: own rows of the sum of all ranks' gradients.
 
     Keeping only the own slice of the own gradient (SimCLR's and MoCo's released gathers) loses what
     the other ranks' anchors say about this rank's columns: after DDP's mean 0.25 to 0.74 of the
@@ -95,8 +94,7 @@ def no_autocast(x):
 
 
 class GlobalBatchNorm(nn.Module):
-    """Batch norm over the batches of all ranks, for (B, C) and (B, C, H, W); exact on gloo, NCCL
-    and one process.
+    """Batch norm of (B, C) or (B, C, H, W) over all ranks' batches; exact on any number of ranks.
 
     torch's SyncBatchNorm has no CPU path. Same names, momentum and running statistics as
     nn.BatchNorm. Every rank must call it equally often; ranks may hold different numbers of rows.
@@ -138,8 +136,7 @@ class GlobalBatchNorm(nn.Module):
 
 
 def patchify(images, patch_size):
-    """(B, 3, H, W) → (B, N, p·p·3): patches row by row; inside a patch pixels row by row, channel
-    last [MAE]."""
+    """(B, 3, H, W) → (B, N, p·p·3): patches, and their pixels, row by row; channel last [MAE]."""
     # Split each side into patches and pixels of a patch, then bring the pixels of a patch together.
     (B, C, H, W), p = images.shape, patch_size
     x = images.view(B, C, H // p, p, W // p, p)  # (B, 3, h, p, w, p)
@@ -168,8 +165,7 @@ def unpatchify(patches, grid, patch_size):
 
 
 def normalized(patches):
-    """(…, C) → target (…, C), mean and std (…, 1), with target · std + mean = pixels; unbiased
-    variance [MAE]."""
+    """(…, C) → target (…, C), mean, std (…, 1; unbiased): target · std + mean = pixels."""
     mean = patches.mean(-1, keepdim=True)
     centred = patches - mean
     # The variance is ‖centred‖² / (n − 1). torch.var_mean takes 7 × as long on a CPU; summing the
@@ -180,15 +176,13 @@ def normalized(patches):
 
 
 def patch_error(pred, patches):
-    """Prediction and pixels (…, p·p·3) → (…) ‖pred − target‖² / (3p²), target: normalised pixels
-    [MAE]."""
+    """pred, pixels (…, p·p·3) → (…) ‖pred − target‖² / (3p²), target: normalised pixels [MAE]."""
     target, _, _ = normalized(patches)
     return F.mse_loss(pred, target, reduction="none").mean(-1)
 
 
 def reconstruction_loss(pred, images, mask, patch_size):
-    """L_rec [MAE]: mean squared error to normalised pixels, mean over masked patches (over all
-    ranks).
+    """L_rec [MAE]: mean squared error to normalised pixels, over the masked patches of all ranks.
 
     pred (B, N, p·p·3): pixels row by row, channel last; images (B, 3, H, W) float, as the encoder
     saw them; mask (B, N) bool, True = masked; rows may differ in number. → scalar ≥ 0, this rank's
@@ -206,11 +200,9 @@ def reconstruction_loss(pred, images, mask, patch_size):
 
 
 def alignment_loss(a, b, tau=0.2, gather_gradient=True):
-    """L_align [HAP]: the [CLS] of one view finds the [CLS] of the other view among all ranks'
-    pictures.
+    """L_align [HAP]: the [CLS] of one view finds that of the other among all ranks' pictures.
 
-    a, b (B, D) float: row i of both is picture i, seen under two masks; L2-normalised here. tau 0.2
-    [HAP].
+    a, b (B, D) float, row i of both: picture i under two masks; L2-normalised here. tau .2 [HAP].
     → scalar, this rank's share.
     gather_gradient=False is HAP's way: keys carry no gradient, so each picture is pulled only as a
     query. It saves the backward communication and is kept to reproduce HAP; the gradient is then
@@ -233,8 +225,7 @@ def alignment_loss(a, b, tau=0.2, gather_gradient=True):
 
 
 def pair_masks(pose_id):
-    """pose_id (B,) int64 → positive, column (B, M) bool: who is a positive of each own row, who is
-    in its softmax.
+    """pose_id (B,) int64 → (B, M) bool each: who is a positive of a row, who is in its softmax.
 
     Rebuilt at every call: a mask kept by batch size (StableRep, SynCLR) is wrong as soon as labels
     are real.
@@ -249,17 +240,15 @@ def pair_masks(pose_id):
 
 
 def multi_positive_loss(z, pose_id, tau=0.1):
-    """L_mp [StableRep's multi-positive loss, on poses]: each embedding finds all others of the same
-    pose.
+    """L_mp [StableRep's loss, on poses]: each embedding finds all others of the same pose.
 
     z (B, D) float, L2-normalised here; pose_id (B,) int64. tau 0.1 [StableRep; paper silent].
-    Several views of a picture: the caller stacks their embeddings and repeats the pose ids; the ids
-    alone decide.
+    Several views of a picture: the caller stacks their embeddings and repeats the pose ids.
     → scalar, this rank's share; 0 with a (zero) gradient where no rank has a positive pair.
 
-    pose_id −1 = a picture without a pose group: neither anchor nor column. An id ≥ 0 that occurs
-    once is a negative
-    for the others but no anchor (SupCon's mean gives NaN there, StableRep's counts a zero).
+    pose_id −1 = a picture without a pose group: neither anchor nor column. An id ≥ 0 that
+    occurs once is a negative for the others but no anchor: SupCon's mean gives NaN there,
+    StableRep's counts a zero.
     """
     with no_autocast(z):
         z = F.normalize(full_precision(z)[0], dim=-1)
@@ -271,11 +260,11 @@ def multi_positive_loss(z, pose_id, tau=0.1):
 def multi_positive_entropy(logits, positive, column):
     """L_mp of given logits (B, M), with positive, column (B, M) bool as of pair_masks. → scalar,
     this rank's share. Split off for methods whose columns are no anchors, such as SynCLR's."""
-    # q_ij = exp(z_i·z_j/τ) / Σ_{k≠i} exp(z_i·z_k/τ); a finite floor, because a row without
-    # columns would give NaN
+    # q_ij = exp(z_i·z_j/τ) / Σ_{k≠i} exp(z_i·z_k/τ)
+    # A finite floor: −∞ would make a row without columns NaN.
     log_sum = logits.masked_fill(~column, torch.finfo(logits.dtype).min).logsumexp(1)
-    # p_ij = 1[pose_i = pose_j, j ≠ i] / #positives of i;  Σ_j p_ij log q_ij = Σ_j p_ij
-    # z_i·z_j/τ − log Σ
+    # p_ij = 1[pose_i = pose_j, j ≠ i] / #positives of i
+    # Σ_j p_ij log q_ij = Σ_j p_ij z_i·z_j/τ − log Σ_{k≠i} exp(z_i·z_k/τ)
     n_positive = positive.sum(1)
     pulled = (logits * positive).sum(1) / n_positive.clamp(min=1)
     # An embedding that has no partner in the batch can pull nobody.
@@ -287,8 +276,7 @@ def multi_positive_entropy(logits, positive, column):
 
 @torch.no_grad()
 def contrastive_health(z, pose_id):
-    """Is L_mp learning poses or collapsing? Figures over all ranks, the same on each, still on the
-    device.
+    """Is L_mp learning poses or collapsing? Figures over all ranks, still on the device.
 
     z (B, D), pose_id (B,) as for multi_positive_loss. → dict of 0-d tensors: positive_cosine and
     negative_cosine (means over ordered pairs; 0 where there is no such pair), without_positive

@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from generation import CONFIG, networks
 from throughput import KEYS as STEP_KEYS
 from throughput import Step
 from timing import flops
@@ -36,46 +37,30 @@ ROOT = Path(__file__).resolve().parent.parent
 def picture_flops(cfg):
     """FLOP of one painted picture: the noise prediction with and without prompt at every step, the
     adapter once, the decoder once. (The text encoder takes .1 % of it.)"""
-    import diffusers
-
-    side, D = cfg.resolution // 8, 768
-    channels, vae = (320, 640, 1280, 1280), (128, 256, 512, 512)
+    side = cfg.resolution // 8
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        unet = diffusers.UNet2DConditionModel(
-            block_out_channels=channels, cross_attention_dim=D, sample_size=64
-        )
-        decoder = diffusers.AutoencoderKL(
-            block_out_channels=vae, layers_per_block=2,
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        )  # fmt: skip
-        adapter = diffusers.T2IAdapter(channels=list(channels))
-        noisy, words = torch.empty(2, 4, side, side), torch.empty(2, 77, D)
+        unet, autoencoder, adapter = networks()
+        noisy, words = torch.empty(2, 4, side, side), torch.empty(2, 77, 768)
         time = torch.zeros(2, dtype=torch.long)
         step = flops(lambda: unet(noisy, time, words))
         rest = flops(lambda: adapter(torch.empty(1, 3, cfg.resolution, cfg.resolution)))
-        rest += flops(lambda: decoder.decode(torch.empty(1, 4, side, side)))
+        rest += flops(lambda: autoencoder.decode(torch.empty(1, 4, side, side)))
     return cfg.steps * step + rest
 
 
 def step_flops(size, ranks):
     """FLOP of a training step per picture: both views, forward and backward."""
     argv = ["--cfg", str(ROOT / "configs/pretrain_coco.yaml"), f"size={size}", "batch=20"]
-    argv += ["device=cpu", "precision=fp32"]
+    argv += ["device=cpu", "precision=fp32", "mask=random"]  # as large as mask=part
     cfg = read_config(STEP_KEYS, __doc__, argv)
     with FakeTensorMode():
-        step = Step(cfg, ranks)
-        h, w = step.model.encoder.grid
-        masks = [torch.empty(cfg.batch, h * w, dtype=torch.bool) for _ in range(cfg.views)]
-        step.masks = lambda keypoints: masks
-        return flops(step.forward_backward) / cfg.batch
+        return flops(Step(cfg, ranks).forward_backward) / cfg.batch
 
 
 def main():
     cfg = read_config(KEYS, __doc__)
     ranks = common.start_ranks("cpu")
-    painted = read_config(
-        generate.KEYS, __doc__, ["--cfg", str(ROOT / "configs/generate_coco_t2i.yaml")]
-    )
+    painted = read_config(generate.KEYS, __doc__, ["--cfg", str(CONFIG)])
     jobs = {"GenCOCO, 585,630 pictures": POSES * K * picture_flops(painted)}
     for size, name in (("base", "ViT-B"), ("large", "ViT-L")):
         jobs[f"{name}, {EPOCHS} epochs of them"] = POSES * K * EPOCHS * step_flops(size, ranks)

@@ -7,7 +7,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from timing import measure, ratio, show
+from timing import measure, ratio
 
 import common
 from drawing.skeletons import draw_keypose
@@ -16,11 +16,24 @@ from plumbing.config import read_config
 CONFIG = Path(__file__).resolve().parent.parent / "configs/generate_coco_t2i.yaml"
 
 
+def networks(D=768, channels=(320, 640, 1280, 1280), vae=(128, 256, 512, 512)):
+    """→ U-Net, autoencoder and T2I-Adapter with random weights, at the published sizes of SD 1.4
+    and the adapter, most of which are diffusers' defaults."""
+    import diffusers
+
+    sizes = dict(block_out_channels=channels, cross_attention_dim=D, sample_size=64)
+    unet = diffusers.UNet2DConditionModel(**sizes)
+    autoencoder = diffusers.AutoencoderKL(
+        block_out_channels=vae, layers_per_block=2,
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+    )  # fmt: skip
+    return unet, autoencoder, diffusers.T2IAdapter(channels=list(channels))
+
+
 def random_pipeline(folder, real):
     """Stable Diffusion and T2I-Adapter with random weights, in the folders that are returned.
 
-    real: SD 1.4's and the adapter's published sizes, most of which are diffusers' defaults;
-    otherwise a small one, which shows on a CPU that the table runs.
+    real: at the published sizes; otherwise small, which shows on a CPU that the table runs.
     """
     import diffusers
     import transformers
@@ -30,25 +43,18 @@ def random_pipeline(folder, real):
     files = [folder / "vocab.json", folder / "merges.txt"]
     files[0].write_text(json.dumps({word: i for i, word in enumerate(words)}))
     files[1].write_text("#version: 0.2\n")
-    D, depth, channels, vae = 64, 2, (32, 64, 64, 64), (32, 32, 32, 32)
-    if real:
-        D, depth, channels, vae = 768, 12, (320, 640, 1280, 1280), (128, 256, 512, 512)
+    D, depth = (768, 12) if real else (64, 2)
+    unet, vae, adapter = networks() if real else networks(D, (32, 64, 64, 64), (32, 32, 32, 32))
     layers = dict(num_hidden_layers=depth, num_attention_heads=D // 64)
     text = transformers.CLIPTextConfig(hidden_size=D, intermediate_size=4 * D, **layers)
-    unet = dict(block_out_channels=channels, cross_attention_dim=D, sample_size=64)
     pipe = diffusers.StableDiffusionPipeline(
-        vae=diffusers.AutoencoderKL(
-            block_out_channels=vae, layers_per_block=2,
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        ),
-        text_encoder=transformers.CLIPTextModel(text),
+        vae=vae, unet=unet, text_encoder=transformers.CLIPTextModel(text),
         tokenizer=transformers.CLIPTokenizer(*map(str, files), model_max_length=77),
-        unet=diffusers.UNet2DConditionModel(**unet),
         scheduler=diffusers.PNDMScheduler(skip_prk_steps=True, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder / "sd")
-    diffusers.T2IAdapter(channels=list(channels)).save_pretrained(folder / "t2i")
+    adapter.save_pretrained(folder / "t2i")
     return str(folder / "sd"), str(folder / "t2i")
 
 
@@ -82,15 +88,14 @@ def table_generate(cfg, ranks):
     for batch in [*cfg.batches, mine.batch]:
         candidates[f"ours, batch {batch}"] = lambda batch=batch: paint(batch)
         pictures[f"ours, batch {batch}"] = batch
-    seconds, rows = measure(cfg, candidates, ranks), []
+    seconds, rows = measure(cfg, candidates, ranks), {}
     for name, function in candidates.items():
         each = [s / pictures[name] for s in seconds[name]]
-        row = {"what": name, "pictures_per_s": 1 / median(each)}
-        row["to_plain"] = ratio(seconds["plain diffusers call"], each)
+        faster = ratio(seconds["plain diffusers call"], each)
+        rows[name] = dict(pictures_per_s=1 / median(each), to_plain=faster)
         if real:
             torch.cuda.reset_peak_memory_stats(device)
             function()
-            row["peak_GB"] = torch.cuda.max_memory_allocated(device) / 1e9
-        rows.append(row)
+            rows[name]["peak_GB"] = torch.cuda.max_memory_allocated(device) / 1e9
     size = "SD 1.4's sizes" if real else "small sizes, which say nothing of SD"
-    show(f"generate: {size}, {side}x{side}, {mine.scheduler} {mine.steps} steps, DDIM 50", rows)
+    return f"generate: {size}, {side}x{side}, {mine.scheduler} {mine.steps} steps, DDIM 50", rows

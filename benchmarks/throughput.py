@@ -25,6 +25,7 @@ from statistics import median
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from generation import table_generate
@@ -115,13 +116,12 @@ def table_step(cfg, ranks):
     product, product_work = ceiling(ranks.device, cfg.precision)
     seconds = measure(cfg, {"step": step, "ceiling": product}, ranks)
     t, top = median(seconds["step"]), median(seconds["ceiling"])
-    row = {"what": "step", "ms": 1e3 * t, "pictures_per_s": cfg.batch / t}
     share = work / product_work * ratio(seconds["ceiling"], seconds["step"])
-    rows = [row | {"GFLOP_per_s": work / t / 1e9, "share_of_ceiling": share}]
-    rows.append({"what": "ceiling", "GFLOP_per_s": product_work / top / 1e9})
+    row = dict(ms=1e3 * t, pictures_per_s=cfg.batch / t)
+    row |= dict(GFLOP_per_s=work / t / 1e9, share_of_ceiling=share)
     shape = f"batch {cfg.batch}, {cfg.views} view(s), {cfg.height}x{cfg.width}"
-    if ranks.rank == 0:
-        show(f"step: {cfg.size} {cfg.precision} {shape}", rows)
+    rows = {"step": row, "ceiling": dict(GFLOP_per_s=product_work / top / 1e9)}
+    return f"step: {cfg.size} {cfg.precision} {shape}", rows
 
 
 def table_parts(cfg, ranks):
@@ -168,23 +168,16 @@ def table_parts(cfg, ranks):
     candidates |= {"losses": losses, "optimiser": optimiser}
     if ranks.world > 1:
         candidates["step without gradient exchange"] = without_exchange
-    seconds, rows = measure(cfg, candidates, ranks), []
+    seconds, rows = measure(cfg, candidates, ranks), {}
     for name, s in seconds.items():
-        share = ratio(s, seconds["step"])
-        rows.append({"part": name, "ms": 1e3 * median(s), "share_of_step": share})
+        rows[name] = dict(ms=1e3 * median(s), share_of_step=ratio(s, seconds["step"]))
     if ranks.world > 1:
-        waits = 1 - rows[-1]["share_of_step"]
-        rows.append({"part": "gradient exchange, not hidden", "share_of_step": waits})
-    if ranks.rank == 0:
-        show(f"parts: {cfg.size} {cfg.precision} batch {cfg.batch}, {ranks.world} rank(s)", rows)
+        waits = 1 - rows["step without gradient exchange"]["share_of_step"]
+        rows["gradient exchange, not hidden"] = dict(share_of_step=waits)
+    return f"parts: {cfg.size} {cfg.precision} batch {cfg.batch}, {ranks.world} rank(s)", rows
 
 
 # ------------------------------------------------------------------ beside transformers' MAE; masks
-
-
-def our_mae(cfg, ranks):
-    step = Step(cfg, ranks)
-    return step.model, step.optimizer, step.forward_backward
 
 
 def vit_mae(cfg, ranks):
@@ -209,41 +202,39 @@ def vit_mae(cfg, ranks):
             loss = model(images).loss
         loss.backward()
 
-    return model, adamw(model, cfg), forward_backward
+    optimizer = adamw(model, cfg)
+    return SimpleNamespace(model=model, optimizer=optimizer, forward_backward=forward_backward)
 
 
 def table_versus(cfg, ranks):
     """Goals: float32 on a CPU ≥ 1.05, bf16 ≥ 1.2, bf16 on a GPU ≥ 1.5 × theirs. compile=: both."""
     # Theirs takes square pictures only.
     mae = dict(height=192, width=192, views=1, mask="random", gamma_align=0.0, gamma_mp=0.0)
+    mae |= dict(pose_token=False, decoder=True)
     candidates, work = {}, {}
     for p in cfg.precisions:
-        for who, make in (("ours", our_mae), ("ViTMAE", vit_mae)):
-            these = changed(cfg, **mae, precision=p, pose_token=False, decoder=True)
-            model, optimizer, forward_backward = make(these, ranks)
-            work[who, p] = flops(forward_backward)
+        for who, make in (("ours", Step), ("ViTMAE", vit_mae)):
+            step = make(changed(cfg, **mae, precision=p), ranks)
+            work[who, p] = flops(step.forward_backward)
             if cfg.compile:
-                model.compile()
+                step.model.compile()
 
-            def step(run=forward_backward, model=model, optimizer=optimizer):
-                run()
-                update(model, optimizer)
+            def run(step=step):
+                step.forward_backward()
+                update(step.model, step.optimizer)
 
-            candidates[who, p] = step
-        candidates["ceiling", p], work["ceiling", p] = ceiling(ranks.device, p)
-    seconds, rows = measure(cfg, candidates, ranks), []
+            candidates[who, p] = run
+    seconds, rows = measure(cfg, candidates, ranks), {}
     for (who, p), s in seconds.items():
-        share = work[who, p] / work["ceiling", p] * ratio(seconds["ceiling", p], s)
-        row = {"what": f"{who}, {p}", "ms": 1e3 * median(s), "share_of_ceiling": share}
-        rows.append(row | {"GFLOP": work[who, p] / 1e9})
+        rows[f"{who}, {p}"] = dict(ms=1e3 * median(s), GFLOP=work[who, p] / 1e9)
     for p in cfg.precisions:
         faster = ratio(seconds["ViTMAE", p], seconds["ours", p])
-        rows.append({"what": f"ours / ViTMAE, {p}", "ratio": faster})
+        rows[f"ours / ViTMAE, {p}"] = dict(ratio=faster)
     if {"fp32", "bf16"} <= set(cfg.precisions):
         faster = ratio(seconds["ours", "fp32"], seconds["ours", "bf16"])
-        rows.append({"what": "ours, bf16 / fp32", "ratio": faster})
+        rows["ours, bf16 / fp32"] = dict(ratio=faster)
     compiled = ", both compiled" if cfg.compile else ""
-    show(f"versus: {cfg.size}, batch {cfg.batch}, 192x192{compiled}", rows)
+    return f"versus: {cfg.size}, batch {cfg.batch}, 192x192{compiled}", rows
 
 
 def table_masks(cfg, ranks):
@@ -263,13 +254,12 @@ def table_masks(cfg, ranks):
     def loop():
         return [loop_mask(person, numbers)[0] for person, numbers in pairs]
 
-    same = [(a == b).all() for a, b in zip(batched().cpu().numpy(), loop())]
+    same = (batched()[:few].cpu().numpy() == np.array(loop())).all(1)
     seconds = measure(cfg, {"batched": batched, "loop": loop}, ranks)
     faster = n / few * ratio(seconds["loop"], seconds["batched"])
-    row = {"what": "ours", "ms": 1e3 * median(seconds["batched"]), "times_faster": faster}
-    rows = [row | {"same_masks": float(sum(same)) / few}]
-    rows.append({"what": "Python loop", "ms": 1e3 * n / few * median(seconds["loop"])})
-    show(f"masks: {n} pictures, part-guided, 16x8 patches, {ranks.device}, one thread", rows)
+    row = dict(ms=1e3 * median(seconds["batched"]), times_faster=faster, same_masks=np.mean(same))
+    rows = {"ours": row, "Python loop": dict(ms=1e3 * n / few * median(seconds["loop"]))}
+    return f"masks: {n} pictures, part-guided, 16x8 patches, {ranks.device}, one thread", rows
 
 
 # ------------------------------------------------------------------------------------------- memory
@@ -277,16 +267,16 @@ def table_masks(cfg, ranks):
 
 def table_memory(cfg, ranks):
     """Goal: ViT-B, batch 256 in two views, bf16, within 40 GB. Without a GPU counted."""
-    cuda, rows = ranks.device.type == "cuda", []
+    cuda, rows = ranks.device.type == "cuda", {}
     peak_of = measured_peak if cuda else counted_peak
     for batch in cfg.batches:
         for recompute in (False, True):
             peak = peak_of(changed(cfg, batch=batch, checkpoint_activations=recompute), ranks)
             what = f"batch {batch}{', checkpoint_activations' if recompute else ''}"
-            rows.append({"what": what, "peak_GB": peak / 1e9})
+            rows[what] = dict(peak_GB=peak / 1e9)
     how = "measured" if cuda else "counted: attention as a GPU's fused kernel keeps it"
     shape = f"{cfg.views} view(s), {cfg.height}x{cfg.width}"
-    show(f"memory: {cfg.size} {cfg.precision}, {shape}, {how}", rows)
+    return f"memory: {cfg.size} {cfg.precision}, {shape}, {how}", rows
 
 
 def measured_peak(cfg, ranks):
@@ -299,19 +289,17 @@ def measured_peak(cfg, ranks):
 
 
 def counted_peak(cfg, ranks):
-    """The same of tensors without content: nothing is computed or allocated."""
+    """The same of tensors without content: nothing is computed or allocated.
+
+    Part-guided masks would need content; random ones are as large.
+    """
+    cfg = changed(cfg, mask=cfg.mask.replace("part", "random"))
     fused = patch.object(ours, "attention", F.scaled_dot_product_attention)
-    with fused, FakeTensorMode():
+    with fused, FakeTensorMode(), PeakMemory() as memory:
         step = Step(cfg, ranks)
-        h, w = step.model.encoder.grid
-        masks = [torch.empty(cfg.batch, h * w, dtype=torch.bool) for _ in range(cfg.views)]
-        step.masks = lambda keypoints: masks
         step()
-        held = [*step.model.parameters(), *step.model.buffers(), *step.sample, *masks]
-        for state in step.optimizer.state.values():
-            held += [value for value in state.values() if isinstance(value, torch.Tensor)]
-        with PeakMemory(*held) as memory:
-            step()
+        memory.peak = memory.now
+        step()
     return memory.peak
 
 
@@ -330,7 +318,9 @@ def main():
     if ranks.rank == 0:
         threads = torch.get_num_threads()
         print(f"{threads} thread(s), torch {torch.__version__}, {ranks.device}")
-    TABLES[table](cfg, ranks)
+    title, rows = TABLES[table](cfg, ranks)
+    if ranks.rank == 0:
+        show(title, rows)
 
 
 if __name__ == "__main__":

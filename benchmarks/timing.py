@@ -98,15 +98,12 @@ class PeakMemory(TorchDispatchMode):
 
 
 def show(title, rows):
-    """A line for people per row, then a JSON line per row for programs.
+    """rows: {what was measured: its figures}. A line for people each, then a JSON line each.
 
-    Rows are dicts, first what was measured, then figures; they may have different ones. The title's
-    text before ":" names the table.
+    The title's text before ":" names the table.
     """
     print(f"\n{title}")
-    for row in rows:
-        what, *figures = row.items()
-        texts = [f"{name} {value:.4g}" for name, value in figures]
-        print(f"    {what[1]}: {', '.join(texts)}")
-    for row in rows:
-        print(json.dumps({"table": title.split(":")[0], **row}), flush=True)
+    for what, figures in rows.items():
+        print(f"    {what}:", ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    for what, figures in rows.items():
+        print(json.dumps({"table": title.split(":")[0], "what": what, **figures}), flush=True)

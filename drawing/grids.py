@@ -93,12 +93,7 @@ def sheet(rows, path, row_labels=None, column_labels=None, title=None, cell=None
                 size = (max(1, round(image.width * zoom)), max(1, round(image.height * zoom)))
                 fitted = image.resize(size, Image.Resampling.LANCZOS)
                 canvas.paste(fitted, (x + (w - size[0]) // 2, y + (h - size[1]) // 2))
-    save_png(canvas, path)
-
-
-def save_png(image, path):
-    """Write a picture as PNG; after a kill or a full disk an older file of that name is whole."""
-    write_atomic(path, lambda part: as_picture(image).save(part, format="PNG"))
+    write_atomic(path, lambda part: canvas.save(part, format="PNG"))
 
 
 def framed(image, colour, width=4):

@@ -1,18 +1,19 @@
 """What a person looks at after fine-tuning: poses, attributes, ranked lists, captions.
 
 Legend: N people · P pictures · K joints · A attributes. A sheet or chart is one PNG at `path`.
-Pictures are whatever grids.as_picture takes.
+Pictures are whatever as_picture takes.
 """
 
 import math
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 
-from drawing import grids
 from drawing.curves import draw_curves  # noqa: F401  a stage finds it beside its other pictures
-from drawing.grids import FAINT, GROUND, INK, PAPER, as_picture, font, sheet, wrapped
+from drawing.grids import FAINT, INK, PAPER, as_picture, font, framed, sheet, wrapped
 from drawing.skeletons import OVERLAY_LEFT, OVERLAY_RIGHT, SCORE_FLOOR, overlay, side_of
+from plumbing.files import write_atomic
 
 BLUE, ORANGE = (20, 90, 190), (200, 90, 0)  # of attributes: said rightly, said wrongly
 
@@ -75,20 +76,15 @@ def pck_chart(per_joint, path, title):
 
     per_joint: joint name → fraction, or None where nobody's joint is labelled: it has no bar.
     """
-    rows = [(name, value) for name, value in per_joint.items() if value is not None]
-    canvas = Image.new("RGB", (560, 64 + 22 * len(rows)), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((16, 16), title, INK, font(16, True))
-    left, right = 150, 500
-    colours = {"left": OVERLAY_LEFT, "right": OVERLAY_RIGHT, "middle": FAINT}
-    for r, (name, value) in enumerate(rows):
-        y = 50 + 22 * r
-        draw.text((left - 8, y + 8), name.replace("_", " "), INK, font(12), anchor="rm")
-        draw.rectangle([left, y, right, y + 16], GROUND)
-        if value > 0:
-            draw.rectangle([left, y, left + value * (right - left), y + 16], colours[side_of(name)])
-        draw.text((right + 8, y + 8), f"{value:.2f}", INK, font(12), anchor="lm")
-    grids.save_png(canvas, path)
+    found = {name: value for name, value in per_joint.items() if value is not None}
+    sides = {"left": OVERLAY_LEFT, "right": OVERLAY_RIGHT, "middle": FAINT}
+    colours = np.reshape([sides[side_of(name)] for name in found], (-1, 3)) / 255
+    figure = Figure((6, 0.8 + 0.22 * len(found)), layout="constrained")
+    axis = figure.add_subplot(title=title, xlim=(0, 1.1))
+    names = [name.replace("_", " ") for name in found]
+    axis.bar_label(axis.barh(names, list(found.values()), color=colours), fmt="%.2f", padding=3)
+    axis.invert_yaxis()
+    write_atomic(path, lambda part: figure.savefig(part, format="png"))
 
 
 # --------------------------------------------------------------------------------------- attributes
@@ -100,31 +96,24 @@ def attribute_chart(names, train_ratio, test_ratio, scores, path):
     names: A texts; train_ratio, test_ratio, scores (A,) fractions. A bar begins at 50 %, which is
     chance, and goes to the left, in orange, where the score is below.
     """
-    text, left, bar, step = font(12), 170, 420, 20
-    canvas = Image.new("RGB", (left + bar + 190, 64 + step * len(names)), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((16, 12), "mA of each attribute (%)", INK, font(16, True))
-    draw.text((left + bar + 24, 40), "true in train   in test", FAINT, text)
-    for tick in range(0, 101, 25):
-        x = left + bar * tick / 100
-        draw.text((x, 40), str(tick), FAINT, text, anchor="ma")
-        draw.line([x, 58, x, canvas.height - 8], INK if tick == 50 else GROUND)
-    for row, a in enumerate(np.argsort(-np.asarray(scores), kind="stable")):
-        y, end = 62 + step * row, left + bar * float(scores[a])
-        draw.text((left - 10, y), wrapped(names[a], text, left - 26, 1)[0], INK, text, anchor="ra")
-        chance, figure = left + bar / 2, f"{100 * scores[a]:.1f}"
-        if scores[a] >= 0.5:
-            draw.rectangle([chance, y + 2, end, y + 13], OVERLAY_RIGHT)
-            draw.text((end + 5, y), figure, INK, text, anchor="la")
-        else:
-            draw.rectangle([end, y + 2, chance, y + 13], OVERLAY_LEFT)
-            draw.text((end - 5, y), figure, INK, text, anchor="ra")
-        for ratio, x in ((train_ratio[a], 100), (test_ratio[a], 160)):
-            draw.text((left + bar + x, y), f"{100 * ratio:.1f}", FAINT, text, anchor="ra")
-    grids.save_png(canvas, path)
+    order, rows = np.argsort(-np.asarray(scores), kind="stable"), range(len(names))
+    scores = 100 * np.asarray(scores)[order]
+    figure = Figure((7, 0.8 + 0.22 * len(rows)), layout="constrained")
+    axis = figure.add_subplot(xlim=(-15, 115), ylim=(len(rows) - 0.4, -0.6))
+    axis.set_title("mA of each attribute (%)", loc="left")
+    axis.set_title("true in train, in test (%)", loc="right", fontsize="medium")
+    colours = np.where(scores[:, None] < 50, OVERLAY_LEFT, OVERLAY_RIGHT) / 255
+    bars = axis.barh(rows, scores - 50, left=50, color=colours)
+    axis.bar_label(bars, [f"{score:.1f}" for score in scores], padding=3)
+    axis.axvline(50, color="black")
+    names = [wrapped(names[a], font(12), 150, 1)[0] for a in order]
+    axis.set_yticks(rows, names, parse_math=False)  # a name may hold two $
+    ratios = [f"{100 * train_ratio[a]:5.1f} {100 * test_ratio[a]:5.1f}" for a in order]
+    axis.secondary_yaxis("right").set_yticks(rows, ratios, family="monospace")
+    write_atomic(path, lambda part: figure.savefig(part, format="png"))
 
 
-def attribute_sheet(images, names, probabilities, labels, path, per_list=5):
+def attribute_sheet(images, names, probabilities, labels, path):
     """A card per picture: its surest right and wrong attributes, or its surest guesses.
 
     images: P pictures; probabilities (P, A); labels (P, A) 0/1, or None where they are not known.
@@ -145,7 +134,7 @@ def attribute_sheet(images, names, probabilities, labels, path, per_list=5):
             right = [a for a in right if p[a] > 0.5] + [a for a in right if p[a] <= 0.5]
             parts = [(f"right ({len(right)})", right, BLUE)]
             parts.append((f"wrong ({len(wrong)})", wrong, ORANGE))
-        cards.append(_card(as_picture(image), names, p, parts, per_list))
+        cards.append(_card(as_picture(image), names, p, parts))
     rows = [cards[i : i + 4] for i in range(0, len(cards), 4)]
     title = "Most confident attributes, right and wrong"
     if labels is None:
@@ -153,9 +142,9 @@ def attribute_sheet(images, names, probabilities, labels, path, per_list=5):
     sheet(rows, path, title=title)
 
 
-def _card(image, names, p, parts, per_list):
+def _card(image, names, p, parts):
     """One picture beside its lists. parts: (heading, attribute ids, colour); p (A,)."""
-    card = Image.new("RGB", (100 + 180, 2 * (per_list + 1) * 16 + 22), PAPER)
+    card = Image.new("RGB", (100 + 180, 214), PAPER)
     draw = ImageDraw.Draw(card)
     zoom = min(96 / image.width, (card.height - 4) / image.height)
     image = image.resize((max(1, round(image.width * zoom)), max(1, round(image.height * zoom))))
@@ -163,7 +152,7 @@ def _card(image, names, p, parts, per_list):
     y = 2
     for head, chosen, colour in parts:
         draw.text((106, y), head, FAINT, font(12, True))
-        for a in chosen[:per_list]:
+        for a in chosen[:5]:
             y += 16
             said = wrapped(("" if p[a] > 0.5 else "no ") + names[a], font(12), 130, 1)[0]
             draw.text((106, y), said, colour, font(12))
@@ -201,7 +190,7 @@ def judged(image, right):
     """
     if right is None:
         return image
-    image = grids.framed(image, RIGHT_ANSWER if right else WRONG_ANSWER)
+    image = framed(image, RIGHT_ANSWER if right else WRONG_ANSWER)
     if not right:
         draw, x, y = ImageDraw.Draw(image), image.width - 13, 4
         draw.rectangle([x, y, x + 9, y + 9], WRONG_ANSWER)

@@ -13,8 +13,7 @@ from drawing.grids import as_picture, sheet
 
 # ----------------------------------------------------------------------- conditions for a generator
 
-# A joint is drawn from this score on [T2I-Adapter]. COCO's visibility 0/1/2 works as a score:
-# labelled (> 0) is drawn.
+# A joint is drawn from this score on [T2I-Adapter]: of COCO's visibilities 0/1/2 from 1 on.
 SCORE_FLOOR = 0.1
 
 # Keypose drawing, RGB [T2I-Adapter]: the colours carry meaning for the adapter's weights.
@@ -53,7 +52,7 @@ def draw_keypose(people, size):
     canvas = Image.new("RGB", size)
     draw = ImageDraw.Draw(canvas)
     for person in people:
-        xy, seen = _joints(person, 17)
+        xy, seen = _joints(person)
         for j in np.flatnonzero(seen):
             _dot(draw, xy[j], 2, KEYPOSE_JOINTS[j])
         for a, b, colour in KEYPOSE_LINKS:
@@ -73,7 +72,7 @@ def draw_openpose(people, size, blend=False):
     draw = ImageDraw.Draw(canvas, "RGBA" if blend else "RGB")
     skeletons = []
     for person in people:
-        xy, seen = _joints(person, 17)
+        xy, seen = _joints(person)
         neck = xy[[5, 6]].mean(0), seen[5] and seen[6]
         skeletons.append([neck if j is None else (xy[j], seen[j]) for j in OPENPOSE_FROM_COCO])
 
@@ -96,10 +95,10 @@ def draw_openpose(people, size, blend=False):
     return canvas
 
 
-def _joints(person, count):
+def _joints(person):
     person = np.asarray(person, dtype=np.float64)
-    if person.shape != (count, 3):
-        raise ValueError(f"a skeleton of shape {person.shape}, expected ({count}, 3)")
+    if person.shape != (17, 3):
+        raise ValueError(f"a skeleton of shape {person.shape}, expected (17, 3)")
     return person[:, :2], (person[:, 2] >= SCORE_FLOOR) & np.isfinite(person).all(1)
 
 

@@ -207,8 +207,7 @@ def people_of_other_poses(keypoints, pose_id, J=4, others=4):
 
 
 def correspondence_sheet(images, patches, keypoints, joints, path):
-    """Rows: a query person and others; columns: how like every patch is to that under one joint of
-    the query.
+    """Rows: a query and other people; columns: how like a patch is to that under a query's joint.
 
     images (M, 3, H, W) uint8; patches (M, h, w, D) their tokens; keypoints (M, 17, 3) px; joints: J
     ids, seen on all. A map goes from its least similar patch, dark, to its most similar one, in the

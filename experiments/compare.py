@@ -93,10 +93,8 @@ def main():
         first = cfg.seeds[0]
         tried = {m.name: cfg.rates if "{lr}" in m.command else [None] for m in methods}
         work.run(work.training(m, lr, first) for m in methods for lr in tried[m.name])
-        choices = [m for m in methods if len(tried[m.name]) > 1]
-        work.run(
-            work.selecting(row, m, lr) for m in choices for lr in tried[m.name] for row in select
-        )
+        trials = [(m, lr) for m in methods for lr in tried[m.name] if len(tried[m.name]) > 1]
+        work.run(work.selecting(row, m, lr) for m, lr in trials for row in select)
         rates = {m.name: choose(work, m, tried[m.name], select) for m in methods}
         work.run(work.training(m, rates[m.name]["rate"], s) for s in cfg.seeds[1:] for m in methods)
         work.run(

@@ -96,14 +96,12 @@ def divide_csv(path, out, held):
     """Rows whose picture's name is in `held` → attributes_val.csv, others attributes_train.csv."""
     with open(regular(path), newline="", encoding="utf-8-sig") as file:
         head, *rows = [row for row in csv.reader(file) if row]
-    parts = {"train": [head], "val": [head]}
+    parts = {"train": [], "val": []}
     for name, *values in rows:
         absolute = str((Path(path).parent / name).resolve())
         parts["val" if Path(name).name in held else "train"].append([absolute, *values])
     for part, lines in parts.items():
-        text = "".join(",".join(line) + "\n" for line in lines)
-        file = out / f"attributes_{part}.csv"
-        common.write_atomic(file, lambda temporary, text=text: temporary.write_text(text))
+        common.write_csv(out / f"attributes_{part}.csv", head, lines)
 
 
 def divide_poses(cfg, out, rng):
@@ -113,12 +111,9 @@ def divide_poses(cfg, out, rng):
     held = set(rng.permutation(images)[: max(1, round(len(images) * cfg.share))].tolist())
     link_pictures(cfg.poses, out / "poses")
     for part, wanted in (("train", False), ("val", True)):
-        chosen = {
-            "images": [image for image in document["images"] if (image["id"] in held) == wanted],
-            "annotations": [
-                a for a in document["annotations"] if (a["image_id"] in held) == wanted
-            ],
-        }
+        chosen = {}
+        for name, key in (("images", "id"), ("annotations", "image_id")):
+            chosen[name] = [row for row in document[name] if (row[key] in held) == wanted]
         common.write_json(out / "poses" / f"{part}.json", document | chosen, indent=None)
     return f"{len(images) - len(held)} pictures with poses to train on, {len(held)} to validate on"
 

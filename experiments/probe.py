@@ -182,9 +182,8 @@ def probe_poses(cfg, encoder, people, device):
     shares = probe.correspondence(patches, keypoints, pairs, reach, p)
     for name in ("patches", "same_place"):
         out[None, "patch_pck", name] = shares[name]
-    out["chance", "patch_pck", ""], out["best possible", "patch_pck", ""] = (
-        shares["chance"], shares["best"],
-    )  # fmt: skip
+    out["chance", "patch_pck", ""] = shares["chance"]
+    out["best possible", "patch_pck", ""] = shares["best"]
     return out
 
 
@@ -273,9 +272,8 @@ def draw(found, path):
         axis.tick_params(labelsize=8)
         axis.grid(axis="y", color="0.92")
     where = dict(loc="outside upper left", ncols=6, frameon=False, fontsize=9)
-    figure.legend(
-        seen.values(), seen.keys(), title="dotted: chance, dashed: best possible", **where
-    )
+    title = "dotted: chance, dashed: best possible"
+    figure.legend(seen.values(), seen.keys(), title=title, **where)
     common.write_atomic(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 

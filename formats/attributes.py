@@ -93,19 +93,15 @@ def check(split, names, part, source):
     if len(unknown):
         found = f"labels of value {unknown[0]} in {part}"
         raise UserError(f"{source}: {found}; 0, 1 and 2 (uncertain, taken as 0) are known")
-    missing = [file for file in split.files if not os.path.isfile(file)]
-    if missing:
-        more = f"{len(missing) - 1} more {part} pictures"
-        raise UserError(f"{missing[0]} is missing (and {more}); set images=")
-    refuse_bad_pictures("", as_bytes("", split.files), source)
+    files, todo = as_bytes("", split.files), "mend or remove it, or set images="
+    refuse_bad_pictures("", files, source, todo)
 
 
 # ----------------------------------------------------------------------------------- official files
 
 
 def read_pa100k(cfg, document):
-    """annotation.mat: attributes (26 names), and for train, val, test X_images_name (N names) and
-    X_label (N, 26)."""
+    """annotation.mat: attributes (26); for train, val, test X_images_name (N), X_label (N, 26)."""
     splits = {}
     for part in PARTS:
         files = below(cfg, "data", texts(document[f"{part}_images_name"]))
@@ -115,8 +111,7 @@ def read_pa100k(cfg, document):
 
 
 def read_peta(cfg, document):
-    """PETA.mat: struct peta of 4 fields, by place: data (19000, 4 + 105), attribute names (105),
-    selected, partition.
+    """PETA.mat: struct peta, by place: data (19000, 4 + 105), names (105), selected, partition.
 
     The first 4 columns of data are ids; the first 35 attributes are the evaluated ones. partition:
     5 structs of 1-based train, val, test. Pictures are 00001.png … in the order of the rows.

@@ -14,7 +14,7 @@ import numpy as np
 from formats.joints import COCO_CATEGORY, flip_ids, joint_name
 from formats.people import MIN_SCORE as MIN_SCORE  # readers of COCO files take it from here
 from formats.people import Limits, People, leave_out, read_folder
-from plumbing.errors import UserError, reading
+from plumbing.errors import UserError, and_more, reading
 from plumbing.files import read_json, regular, write_atomic
 from plumbing.pictures import find_bad_pictures, picture_fault
 
@@ -254,9 +254,9 @@ def clip_boxes(people, path, limits):
             problem = ", of no width or height in float32"
         if area[a] and not inside[a]:
             problem = f" outside its {size[a].tolist()} picture"
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
         what = f"annotation {people.annotation_id[a]} has box {boxes[a].tolist()}{problem}"
-        raise UserError(f"{path}: {what}{more}; mend it or allow max_bad_boxes={len(wrong)}")
+        allow = f"mend it or allow max_bad_boxes={len(wrong)}"
+        raise UserError(f"{path}: {what}{and_more(wrong)}; {allow}")
     people = people._replace(boxes=cut)
     clipped = int((np.abs(cut - boxes)[good] > 1).any(1).sum())
     return people.take(good) if len(wrong) else people, clipped, len(wrong)

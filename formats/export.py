@@ -151,13 +151,10 @@ def model_card(vit, meta, source, library):
     """README.md for the hub, from what the weights' file says of itself and nothing else."""
     (H, W), p, pose = vit.image_size, vit.patch_size, vit.pose_token is not None
     training = json.loads(meta["training"] or "{}")
-    name = "timm" if library == "timm" else "transformers" if library == "transformers" else None
-    head = ["---", *([f"library_name: {name}"] if name else [])]
+    head = ["---"] + ([] if library == "ours" else [f"library_name: {library}"])
     head += ["pipeline_tag: image-feature-extraction", "license: other"]
     head += ["license_name: see-the-section-licence", "---", ""]
-    tokens = (
-        "[CLS] at `tokens[:, 0]`, [POSE] at `[:, 1]`, " if pose else "[CLS] at `tokens[:, 0]`, "
-    )
+    tokens = "[CLS] at `tokens[:, 0]`, " + ("[POSE] at `[:, 1]`, " if pose else "")
     first = 2 if pose else 1
     grid = f"{vit.grid[0]} × {vit.grid[1]}"
     text = [

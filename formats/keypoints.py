@@ -13,7 +13,7 @@ from formats.coco import read_people
 from formats.joints import flip_ids
 from formats.mpii import read_mpii, read_mpii_heads
 from formats.people import MIN_SCORE, Limits, people_at, read_folder
-from plumbing.errors import UserError, reading
+from plumbing.errors import UserError, and_more, reading
 from plumbing.files import read_json, regular
 
 CROWDPOSE_JOINTS = (
@@ -223,8 +223,8 @@ def read_boxes(path, pictures, people, limits):
                 boxes.append((x, y, w, h))
                 scores.append(score)
     if len(wrong) > limits.max_bad_boxes:
-        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        raise UserError(f"{path}: {wrong[0]}{more}; mend it or allow max_bad_boxes={len(wrong)}")
+        allow = f"mend it or allow max_bad_boxes={len(wrong)}"
+        raise UserError(f"{path}: {wrong[0]}{and_more(wrong)}; {allow}")
     if not boxes:
         raise UserError(f"{path} holds no person boxes")
     files, sizes, ids = zip(*entries)

@@ -23,14 +23,12 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
 
 # isort: split
-import csv
-
 import numpy as np
 
 from formats.market import read_market
 from plumbing.config import Key, read_config
 from plumbing.errors import UserError, reading, run_stage
-from plumbing.files import new_files, read_mat, write_atomic
+from plumbing.files import new_files, read_mat, write_csv
 
 AGES = ("age_young", "age_teenager", "age_adult", "age_old")  # 1, 2, 3, 4
 KEYS = dict(
@@ -58,7 +56,7 @@ def main():
         tables.append(rows)
     files[0].parent.mkdir(parents=True, exist_ok=True)
     for file, rows in zip(files, tables):
-        write_atomic(file, lambda part, rows=rows: write_csv(part, ["image", *names], rows))
+        write_csv(file, ["image", *names], rows)
     print(f"{len(names)} attributes of {len(tables[0])} and {len(tables[1])} pictures in", *files)
     print(f"images= of finetune_par.py: {cfg.data}")
 
@@ -83,11 +81,6 @@ def read_market_attributes(path):
             rows = np.concatenate([values - 1, age[:, None] == np.arange(1, 5)], 1).astype(int)
             splits[part] = dict(zip(people, rows.tolist()))
     return [*names, *AGES], splits
-
-
-def write_csv(path, header, rows):
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([header, *rows])
 
 
 if __name__ == "__main__":

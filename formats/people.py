@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from formats.joints import flip_ids
-from plumbing.errors import UserError
+from plumbing.errors import UserError, and_more
 from plumbing.pictures import as_bytes, find_bad_pictures, pictures_at
 
 MIN_SCORE = 0.2  # HRNet and ViTPose count a joint into a pose's score from here [HRNet] [ViTPose]
@@ -101,9 +101,8 @@ def measured(people, path, limits):
 def leave_out(people, bad, path, limits):
     """People without those on bad pictures; UserError where these are more than allowed."""
     if len(bad) > limits.max_bad:
-        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
         name, reason = bad[0]
-        what = f"{people.folder}/{name} is {reason}{more} (of {path})"
+        what = f"{people.folder}/{name} is {reason}{and_more(bad)}, named by {path}"
         raise UserError(f"{what}; mend it or allow max_bad={len(bad)}")
     if not bad:
         return people

@@ -24,10 +24,8 @@ def check_prompts(cfg, keys):
         raise UserError(f"backend={cfg.backend} needs poses: annotations= (a COCO keypoint JSON)")
     share = "prompt" if cfg.backend == "text" else "pose"
     if cfg.positives != share:
-        raise UserError(
-            f"pictures of a group share their {share} with backend={cfg.backend}; "
-            "leave positives= out"
-        )
+        rule = f"pictures of a group share their {share} with backend={cfg.backend}"
+        raise UserError(f"{rule}; leave positives= out")
     if not (cfg.captions or cfg.prompt_template or cfg.prompt_file):
         how = "captions=, prompt_template= or prompt_file="
         raise UserError(f"backend={cfg.backend} needs prompts: {how}")

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from formats.transformers_names import from_transformers
 from model import SIZES, ViT
 from plumbing.config import Key
-from plumbing.errors import UserError, reading
+from plumbing.errors import UserError, and_more, reading
 from plumbing.files import is_finite, load_checkpoint, regular
 from plumbing.process import check_memory
 
@@ -121,8 +121,8 @@ def checked_weights(vit, state, path, grid):
     missing = [name for name in own if name not in found]
     lost = [name for name in missing if name != "pose_token" and ".controller." not in name]
     if lost:
-        more = f" (and {len(lost) - 1} more)"
-        raise UserError(f"{path}: {lost[0]} is missing{more}; the file is not a whole encoder")
+        what = f"{lost[0]} is missing{and_more(lost)}"
+        raise UserError(f"{path}: {what}; the file is not a whole encoder")
     return found, source, missing
 
 
@@ -170,8 +170,7 @@ def check_shape(vit, source, found, path):
 
 
 def resized_positions(positions, grid, source_grid, path):
-    """(1, N' or 1 + N', D) → ([CLS] position (1, 1, D) or 0, patch positions (1, h·w, D)), bicubic
-    [MAE]."""
+    """(1, N' or 1 + N', D) → ([CLS]'s position (1, 1, D) or 0, the patches' (1, h·w, D)) [MAE]."""
     n = positions.shape[1]
     side, half = round((n - 1) ** 0.5), round(((n - 1) / 2) ** 0.5)
     if source_grid is not None:
@@ -179,13 +178,8 @@ def resized_positions(positions, grid, source_grid, path):
     else:
         # Ours, unchanged; with a [CLS] position in front: square (most), this grid, h = 2w (HAP);
         # ours of h = 2w.
-        guesses = [
-            (grid, 0),
-            ((side, side), 1),
-            (grid, 1),
-            ((2 * half, half), 1),
-            ((2 * half, half), 0),
-        ]
+        guesses = [(grid, 0), ((side, side), 1), (grid, 1)]
+        guesses += [((2 * half, half), 1), ((2 * half, half), 0)]
         guesses.append(((round(n**0.5), round(n**0.5)), 0))  # timm's no_embed_class
     fits = [(h, w, front) for (h, w), front in guesses if front in (0, 1) and h * w + front == n]
     if not fits:
@@ -226,11 +220,8 @@ def build_encoder(cfg, reads_pose, drop_path=0.0, semantic_weight=0.8):
         if any(re.match(REGISTER, name) for name in tensors_of(state)):
             pose_token = True
     if meta:
-        size, patch, pose_token = (
-            meta["size"],
-            int(meta["patch_size"]),
-            meta["pose_token"] == "True",
-        )
+        size, patch = meta["size"], int(meta["patch_size"])
+        pose_token = meta["pose_token"] == "True"
     if cfg.height % patch or cfg.width % patch:
         sides = f"height={cfg.height} and width={cfg.width}"
         raise UserError(f"{sides} must be multiples of the patch side, {patch} px")
@@ -285,8 +276,7 @@ def load_into(vit, path, state=None):
 
 
 def encoder_meta(path):
-    """What our encoder.safetensors says of itself, as text: size, height, width_px, patch_size, …;
-    of another file {}.
+    """What our encoder.safetensors says of itself, as text: size, height, …; of another file {}.
 
     Raises UserError for a file that cannot be read, or that says it otherwise than meta_of does.
     """
@@ -330,8 +320,7 @@ def training_of(cfg, keys, steps):
 
 
 def take_settings(cfg, stage, mark, *names):
-    """With weights=, the file of a finished run of `stage` decides about the model: its settings
-    replace cfg's.
+    """Settings of the model in weights=, of a finished run of `stage`, replace cfg's.
 
     These are size, patch, pose_token, height, width and the stage's own `names`. mark: an entry
     that only its files have.

@@ -179,8 +179,7 @@ class Progress:
 
 
 def same_size(jobs, batch):
-    """Jobs (source, k) → batches of sources of one size. What shares a batch depends on the jobs
-    alone: sorting is stable."""
+    """Jobs (source, k) → batches of one size. The jobs alone decide what shares a batch."""
     jobs = sorted(jobs, key=lambda job: job[0].size)
     for _, same in groupby(jobs, key=lambda job: job[0].size):
         same = list(same)
@@ -199,6 +198,14 @@ def clean_up(out):
         shutil.rmtree(out / ".parts")
     for stray in [*out.glob(".*.part"), *out.glob("*/.*.part")]:
         stray.unlink(missing_ok=True)
+
+
+def is_finished(state, out, ranks):
+    """Is there nothing to do? Then say so, and clean up. state: as common.open_run gives it."""
+    if state == "finished" and ranks.rank == 0:
+        clean_up(out)  # what a kill just after `done` left
+        report(out)
+    return state == "finished"
 
 
 def report(out):

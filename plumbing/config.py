@@ -19,8 +19,7 @@ from plumbing.files import read_text
 
 
 class Key(NamedTuple):
-    """One config key. The default's type is the key's type; a default of None means "text, or
-    nothing"."""
+    """One config key, of its default's type; a default of None means "text, or nothing"."""
 
     default: object
     meaning: str
@@ -139,8 +138,7 @@ def split_overrides(overrides):
 
 
 def checked(name, value, key, where):
-    """Coerce `value` (YAML object or command-line text) to the type of the key's default, or raise
-    UserError."""
+    """`value` (YAML object or command-line text) in the type of the key's default, or UserError."""
 
     def wrong(expected):
         return UserError(f"key {name} in {where} must be {expected}, not {value!r:.100}")

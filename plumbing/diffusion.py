@@ -111,8 +111,7 @@ def sampler(name, config):
 
 
 def painted_size(size, resolution):
-    """Source (N, 2) w, h → painted (N, 2): about resolution² px, the shape kept, sides multiples of
-    64 [T2I-Adapter]."""
+    """(N, 2) w, h → painted: about resolution² px, shape kept, multiples of 64 [T2I-Adapter]."""
     size = np.asarray(size, np.float64)
     scale = resolution / np.sqrt(size.prod(-1, keepdims=True))
     return np.maximum(64, 64 * np.round(size * scale / 64)).astype(int)

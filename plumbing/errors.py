@@ -32,8 +32,7 @@ class UserError(Exception):
 
 
 class Stopped(Exception):
-    """Ctrl-C (SIGINT) or SIGTERM, after what is worth keeping was saved. Exit code 128 + the
-    signal."""
+    """SIGINT (Ctrl-C) or SIGTERM, after what is worth keeping was saved. Exit code 128 + signal."""
 
     def __init__(self, number, message):
         super().__init__(message)
@@ -42,8 +41,7 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def reading(path, kind):
-    """Whatever goes wrong inside becomes one line: the file, what it was read as, the error, the
-    place.
+    """Whatever goes wrong inside becomes one line: the file, read as what, the error, the place.
 
     with reading(path, "COCO keypoints") as place: … place.at = "annotation 17" …
     """
@@ -67,12 +65,16 @@ def in_a_line(error, longest=200):
     return text if isinstance(error, UserError) else f"{type(error).__name__} {text}".strip()
 
 
+def and_more(things, named=1):
+    """For a message that names the first things of a list alone: " (and 3 more)", or nothing."""
+    return f" (and {len(things) - named} more)" if len(things) > named else ""
+
+
 # ------------------------------------------------------------------------------------- the last net
 
 
 def run_stage(main):
-    """Call `main()`. → exit codes 0; 2 for a UserError; 130 and 143 when stopped; 1 for a defect of
-    ours."""
+    """Call `main()`. Exit code 0; 2: a UserError; 130 and 143: stopped; 1: a defect of ours."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # plumbing.quiet had taken it
     # Forked loaders share what this process has read: .012 GB of their own at 600,000 annotations.
     # Under Python 3.14's default, forkserver, each would hold .58 GB and start seconds later.

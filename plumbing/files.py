@@ -2,6 +2,7 @@
 at all."""
 
 import argparse
+import csv
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
@@ -64,8 +66,7 @@ def read_mat(path):
 
 
 def write_atomic(path, write, durable=True):
-    """`write(temporary path)`, flush to disk, rename to `path`: after a kill or a full disk the old
-    file is whole.
+    """`write(temporary path)`, flush, rename: after a kill or a full disk the old file is whole.
 
     The temporary name is this process's own, so that two writers never publish each other's halves.
     durable: false flushes nothing, and a power cut may leave the new file empty.
@@ -79,8 +80,7 @@ def write_atomic(path, write, durable=True):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch wraps a failed write in an error of its own: then the disk is asked, while the part
-        # still fills it.
+        # torch wraps a failed write in its own error: the disk is asked, still filled by the part.
         full = getattr(error, "errno", None) in DISK_FULL
         if not isinstance(error, OSError):
             full = shutil.disk_usage(path.parent).free < 1 << 20
@@ -93,6 +93,26 @@ def write_atomic(path, write, durable=True):
 
 def write_json(path, value, indent=1):
     write_atomic(path, lambda part: part.write_text(json.dumps(value, indent=indent) + "\n"))
+
+
+def write_csv(path, header, rows, end="\n"):
+    def write(part):
+        with open(part, "w", encoding="utf-8", newline="") as file:
+            lines = csv.writer(file, lineterminator=end)
+            lines.writerow(header)
+            lines.writerows(rows)
+
+    write_atomic(path, write)
+
+
+def write_npz(path, arrays):
+    """NumPy's .npz of {name: array}."""
+
+    def write(part):
+        with open(part, "wb") as file:  # given a name, NumPy would add .npz to it
+            np.savez(file, **arrays)
+
+    write_atomic(path, write)
 
 
 def new_files(out, names, source):
@@ -113,8 +133,7 @@ def new_files(out, names, source):
 
 
 def save_checkpoint(path, **state):
-    """Tensors and plain Python values only, so that it loads with weights_only=True. Equal states,
-    equal bytes."""
+    """Tensors and plain values: it loads with weights_only=True. Equal states, equal bytes."""
 
     def write(part):
         # Given a name, torch would write it into the file, and the temporary one has a number.
@@ -125,8 +144,7 @@ def save_checkpoint(path, **state):
 
 
 def canonical(value):
-    """The same value in new containers with interned text: pickle writes shared objects differently
-    from equal ones."""
+    """The value in new containers, text interned: pickle tells shared objects from equal ones."""
     if isinstance(value, dict):
         return {canonical(k): canonical(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -173,8 +191,7 @@ def is_finite(tensor):
 
 
 def save_weights(path, module, **meta):
-    """Weights only, plain names, as safetensors; `meta` tells a fork what is needed to build the
-    module again.
+    """Weights only, plain names, as safetensors; `meta`: what a fork needs to build the module.
 
     The metadata is one JSON text: safetensors writes several entries in an order of its own, never
     the same bytes.

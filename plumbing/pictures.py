@@ -12,7 +12,7 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image
 
-from plumbing.errors import UserError, in_a_line, reading
+from plumbing.errors import UserError, and_more, in_a_line, reading
 from plumbing.files import regular, write_json
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
@@ -69,12 +69,13 @@ def load_picture(folder, name, size=None):
 # ------------------------------------------------------------------ the check at the start of a run
 
 
-def refuse_bad_pictures(folder, files, source=None):
+def refuse_bad_pictures(folder, files, source=None, todo="mend or remove it"):
     """UserError names the first missing or damaged picture. See find_bad_pictures."""
     bad = find_bad_pictures(folder, files, source=source)
     if bad:
-        (name, reason), more = bad[0], f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise UserError(f"{os.path.join(folder, name)} is {reason}{more}; mend or remove it")
+        name, reason = bad[0]
+        what = f"{os.path.join(folder, name)} is {reason}{and_more(bad)}"
+        raise UserError(f"{what}; {todo}")
 
 
 def find_bad_pictures(folder, files, sizes=None, source=None):

@@ -38,8 +38,7 @@ def lock(folder):
 
 
 def end_with_parent():
-    """A rank ends when its torchrun was killed, so that it does not go on beside the ranks of the
-    next start."""
+    """A rank ends when its torchrun was killed: it must not go on beside the next start's ranks."""
     parent = os.getppid()
 
     def watch():

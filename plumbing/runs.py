@@ -27,8 +27,7 @@ records = {}  # run folder of this process → (all entries of its run.json, a c
 
 
 def look_into(cfg, keys):
-    """→ "new", "resume" or "finished", as the folder cfg.out is now; UserError where it is not this
-    run's."""
+    """→ "new", "resume" or "finished", as cfg.out is now; UserError where it is not this run's."""
     if not cfg.out:
         raise UserError("out= is empty; name a run folder")
     out = Path(cfg.out)
@@ -44,8 +43,7 @@ def look_into(cfg, keys):
 
 
 def differences(old, cfg, keys, free=()):
-    """Texts "key old -> new" of what changes a result; `free` keys and may_change ones do not
-    count."""
+    """Texts "key old -> new" of what changes a result; `free` and may_change keys do not count."""
     return [
         f"{name} {old.get(name)!r} -> {getattr(cfg, name)!r}"
         for name, key in keys.items()

@@ -9,8 +9,7 @@ import random
 import numpy as np
 import torch
 
-# What random numbers are for. Every key begins with one of these, so that no two purposes share
-# their numbers.
+# What random numbers are for. A key begins with one of these: no two purposes share numbers.
 WEIGHTS, ORDER, SAMPLE, FLIP, CROP, STEP, MASK, DROP_PATH, NEGATIVE = range(1, 10)
 PROMPT, PICTURE, WORDING, BAD_BOX, POSE, PERSON, SCENE, CAMERA = range(11, 19)  # generate.py
 VIEW, CHOICE, PRIOR = range(19, 22)  # baselines: crops, what a step draws, 3-D bodies
@@ -46,15 +45,13 @@ def seed_all(*key):
 
 
 def rank_rows(world_rows, ranks):
-    """This rank's slice of something made for the whole global batch: first dimension ÷ world, in
-    rank order."""
+    """This rank's rows of something made for the global batch, in rank order."""
     n = len(world_rows) // ranks.world
     return world_rows[ranks.rank * n : (ranks.rank + 1) * n]
 
 
 def rank_noise(key, batch, columns, ranks):
-    """This rank's rows of (batch, columns) uniform numbers drawn for the global batch: f(key), for
-    any world size.
+    """This rank's rows of the global batch's (batch, columns) uniform numbers, f(key) alone.
 
     Drawn on the device, so that none waits for them: another kind of GPU draws other numbers.
     """

@@ -63,8 +63,7 @@ class Canvas:
 
 
 def segment(x, y, bone):
-    """Tapered capsule, bone = (a, b, ra, rb, bump) px: from a (radius ra) to b (rb), `bump` thicker
-    in the middle.
+    """Tapered capsule, bone = (a, b, ra, rb, bump) px: radius ra at a, rb at b, `bump` more midway.
 
     → distance (h, w) px, u (h, w) 0..1 along, (qx, qy) offset from the axis, radius.
     """

@@ -16,7 +16,6 @@ folder are the validation split of attributes and captions; ReID has none and tr
 Legend: C cameras (from 1) · K pictures by each camera · H, W picture.
 """
 
-import csv
 import json
 import re
 from collections import Counter
@@ -29,7 +28,7 @@ from PIL import Image
 from drawing.grids import sheet
 from plumbing.config import Key
 from plumbing.errors import UserError
-from plumbing.files import write_atomic
+from plumbing.files import write_atomic, write_csv
 from plumbing.seeds import BAD_BOX, PICTURE, WORDING, rng_of, seed_of
 from puppet.body import sample_poses
 from puppet.figure import Identities, attributes, render, sample_identities, sentence
@@ -169,13 +168,6 @@ def write_lists(cfg, work):
     def of(*splits):
         return (row for row in work.rows() if row["split"] in splits and row["person"] > 0)
 
-    def write_csv(split, path):
-        with open(path, "w", encoding="utf-8", newline="") as file:
-            lines = csv.writer(file, lineterminator="\n")
-            lines.writerow(["image", *names])
-            for row in of(split):
-                lines.writerow([row["file_name"], *(row["attributes"][n] for n in names)])
-
     def write_captions(path):
         with open(path, "w", encoding="utf-8") as file:
             for i, row in enumerate(of(*SPLITS)):
@@ -186,7 +178,8 @@ def write_lists(cfg, work):
 
     for split in SPLITS:
         if split != "val" or cfg.persons_val:
-            write_atomic(out / f"attributes_{split}.csv", partial(write_csv, split))
+            rows = ([row["file_name"], *(row["attributes"][n] for n in names)] for row in of(split))
+            write_csv(out / f"attributes_{split}.csv", ["image", *names], rows)
     write_atomic(out / "data_captions.json", write_captions)
     for row in work.rows():
         folder = row["file_name"].split("/")[0]

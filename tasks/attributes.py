@@ -48,8 +48,7 @@ class AttributePictures(Dataset):
 
 
 def weighted_bce(logits, labels, ratio):
-    """Weighted binary cross-entropy [Rethinking_of_PAR], float32: summed over attributes, mean over
-    this rank's B.
+    """Weighted binary cross-entropy [Rethinking_of_PAR], float32: sum over attributes, mean over B.
 
     logits (B, A), labels (B, A) of 0 and 1, ratio (A,) r in [0, 1]: how often each attribute is
     true. → scalar. All ranks have the same B, so the mean over ranks is the loss of the global

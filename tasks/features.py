@@ -19,21 +19,19 @@ from formats.weights import read_encoder
 from model import normalize
 from plumbing.config import separate_out
 from plumbing.errors import UserError
-from plumbing.files import write_atomic
+from plumbing.files import write_npz
 from plumbing.pictures import load_picture
 
 TOKENS = ("cls", "pose", "both", "patch_mean", "patch_max")
 
 
 def reads_pose(choice):
-    """Does this `token` or `tokens` use [POSE]? Others' weights have none: only then one is added,
-    untrained."""
+    """Does `token` or `tokens` use [POSE]? Only then others' weights are given one, untrained."""
     return choice in ("pose", "both", "add", "add_cls_pose")
 
 
 def token_features(tokens, n_special, choice):
-    """What stands for the whole picture: tokens (B, S + N, D) of the encoder → (B, D), or (B, 2D)
-    for "both".
+    """A picture's feature: tokens (B, S + N, D) of the encoder → (B, D), or (B, 2D) for "both".
 
     cls, pose: that token; both: the two side by side; patch_mean, patch_max: over the patches,
     without special tokens.
@@ -48,8 +46,7 @@ def token_features(tokens, n_special, choice):
 
 
 def feature_width(encoder, choice):
-    """Width of token_features. Raises UserError for a choice that needs [POSE] where the encoder
-    has none."""
+    """Width of token_features. UserError for a choice that needs [POSE] where there is none."""
     if choice in ("pose", "both") and encoder.n_special < 2:
         raise UserError(f"token={choice} needs an encoder with [POSE]; use token=cls or patch_mean")
     return encoder.width * (2 if choice == "both" else 1)
@@ -100,17 +97,6 @@ def folder_features(cfg, encoder, people, ranks):
     return dict(zip(names, gathered))
 
 
-def write_features(path, people, features):
-    """NumPy's .npz: files (N,) text, names below their folder, and the arrays of `features`."""
-    arrays = {"files": np.array([name.decode() for name in people.files])} | features
-
-    def write(part):
-        with open(part, "wb") as file:  # given a name, NumPy would add .npz to it
-            np.savez(file, **arrays)
-
-    write_atomic(path, write)
-
-
 def predict(cfg, keys, ranks):
     """pretrain.py's predict=: a folder of pictures, or one → features.npz and, of several, a sheet
     of the nearest ones for each token. keys: the stage's table.
@@ -129,11 +115,11 @@ def predict(cfg, keys, ranks):
     if ranks.rank == 0:
         print(about, file=sys.stderr)
         out, N = Path(cfg.out), len(people.files)
-        write_features(out / "features.npz", people, features)
+        files = [name.decode() for name in people.files]
+        write_npz(out / "features.npz", {"files": np.array(files)} | features)
         drawn = []
         if N > 1:
             pictures = ResizedPictures(people, encoder.image_size, range(N))
-            files = [name.decode() for name in people.files]
             drawn = nearest_sheets(pictures, files, features, out)
         common.finish_run(cfg.out)
         shape = f"{N} pictures x {encoder.width}: {', '.join(features)}"

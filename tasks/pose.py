@@ -301,6 +301,5 @@ def decode(heat, size, blur=11):
     # Ours: never step further than 2 px.
     step_x = torch.where(peak, (gyy * gx - gxy * gy) / det, 0.0).clamp(-2, 2)
     step_y = torch.where(peak, (gxx * gy - gxy * gx) / det, 0.0).clamp(-2, 2)
-    return torch.stack(
-        [(x - step_x) * (W - 1) / (w - 1), (y - step_y) * (H - 1) / (h - 1), score], 2
-    )
+    x, y = (x - step_x) * (W - 1) / (w - 1), (y - step_y) * (H - 1) / (h - 1)  # input px
+    return torch.stack([x, y, score], 2)

@@ -266,9 +266,8 @@ def correspondence(patches, keypoints, pairs, reach, patch):
     centres = (np.stack(np.meshgrid(np.arange(w), np.arange(h)), -1).reshape(-1, 2) + 0.5) * patch
     centres = centres - 0.5  # pixel centres are whole numbers
     xy = keypoints[..., :2]
-    inside = (keypoints[..., 2] > 0) & (
-        (xy >= -0.5) & (xy < (w * patch - 0.5, h * patch - 0.5))
-    ).all(2)
+    edge = w * patch - 0.5, h * patch - 0.5
+    inside = (keypoints[..., 2] > 0) & ((xy >= -0.5) & (xy < edge)).all(2)
     column, row = (np.clip((xy + 0.5) // patch, 0, (w - 1, h - 1)).astype(int)).transpose(2, 0, 1)
     under, flat = row * w + column, patches.reshape(N, h * w, D)  # (N, K) patch ids
     counts = dict(patches=0, same_place=0, chance=0.0, best=0)

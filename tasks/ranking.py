@@ -165,8 +165,7 @@ def as_float32(features):
 
 
 def nearest_others(z, k):
-    """z (N, D) of length 1 → (N, k) rows of the most alike others, most alike first, and (N, k)
-    their cosines."""
+    """z (N, D) of length 1 → (N, k) rows of the nearest others, nearest first; their cosines."""
     nearest, similarity = np.empty((len(z), k), np.int64), np.empty((len(z), k), np.float32)
     for first, distance in distance_chunks(z, z):
         rows = np.arange(len(distance))
@@ -181,8 +180,7 @@ def nearest_others(z, k):
 
 
 def reranked_chunks(query, gallery, k1=20, k2=6, weight=0.3):
-    """k-reciprocal re-ranking [Zhong 2017], k1 20, k2 6, λ .3 → (first row, distance (rows, G)), in
-    pieces for rank_chunks.
+    """k-reciprocal re-ranking [Zhong 2017], k1 20, k2 6, λ .3 → distances for rank_chunks.
 
     The published code holds several (Q + G)² matrices (Market-1501: 2 GB each). Here neighbours are
     found in pieces and the k-reciprocal vectors are sparse, so memory grows with Q + G (768 wide,

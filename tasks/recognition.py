@@ -75,9 +75,8 @@ class Detector:
         output = self.model(**inputs)
         output.logits, output.pred_boxes = output.logits.float(), output.pred_boxes.float()
         sizes = [picture.size[::-1] for picture in pictures]  # (height, width)
-        found = self.processor.post_process_object_detection(
-            output, threshold=self.threshold, target_sizes=sizes
-        )
+        wanted = dict(threshold=self.threshold, target_sizes=sizes)
+        found = self.processor.post_process_object_detection(output, **wanted)
         boxes = []
         for picture, one in zip(pictures, found):
             people = torch.isin(one["labels"].cpu(), torch.tensor(self.person))

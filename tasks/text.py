@@ -36,8 +36,7 @@ class Words:
 
     @classmethod
     def of(cls, texts, min_count):
-        """Words that occur at least min_count times, most frequent first (equal counts:
-        alphabetical)."""
+        """Words that occur min_count times or more, most frequent first, else by alphabet."""
         counts = Counter(word for text in texts for word in split_words(text))
         ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         kept = [word for word, n in ordered if n >= min_count]
@@ -148,8 +147,7 @@ def picture_of(file, size):
 
 
 def ranking_loss(v, t, person, noise, margin=0.2):
-    """L_rank: each picture against one random semi-hard text, and each text against one random
-    semi-hard picture [HAP].
+    """L_rank [HAP]: each picture against a random semi-hard text, each text against such a picture.
 
     v, t (B, E) features (normalised here), row i of both is one pair; person (B,) int64; noise
     (2, B, M) uniform [0, 1): this rank's rows of the draw for the global batch. Columns are the

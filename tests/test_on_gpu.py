@@ -30,7 +30,7 @@ def test_speed_and_generate_run_every_table(tmp_path):
     done = rehearse(tmp_path, "speed", "generate")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path, "speed") + rows_of(tmp_path, "generate")
-    counts = dict(step=2, parts=6, masks=2, memory=2, versus=9 + 4, generate=3)
+    counts = dict(step=2, parts=6, masks=2, memory=2, versus=7 + 3, generate=3)
     assert Counter(row["table"] for row in rows) == counts
     assert [row["same_masks"] for row in rows if "same_masks" in row] == [1.0]
 
@@ -42,7 +42,7 @@ def test_tests_ranks_and_pretraining(tmp_path):
     assert outcome["test_float32_is_float32_on_a_gpu"]["outcome"] == "passed"
     left_out = outcome["test_autocast_on_cuda"]
     assert left_out["outcome"] == "passed" or left_out["why"] == "needs a CUDA device"
-    assert rows_of(tmp_path, "nccl")[-1]["part"] == "gradient exchange, not hidden"
+    assert rows_of(tmp_path, "nccl")[-1]["what"] == "gradient exchange, not hidden"
     first, last = rows_of(tmp_path, "vit_small")
     assert first["step"] == 8 and first["loss"] > 0 and last["steps"] == 12
 
