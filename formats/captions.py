@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from plumbing import tars
 from plumbing.errors import UserError, reading
 from plumbing.files import load_checkpoint, load_weights, read_json, regular
 from plumbing.pictures import as_bytes, pictures_at, refuse_bad_pictures
@@ -61,7 +62,7 @@ def read_captions(path, folder=None, leave_out=(), trainval=False):
         raise UserError(f"leave_out={min(strangers)}: {path} has no such person to train on")
     rows["train"] = [row for row in rows["train"] if row[1] not in leave_out]
     files = [file for part in rows.values() for file, _, _ in part]
-    missing = [file for file in files if not os.path.isfile(file)]
+    missing = [file for file in files if not os.path.isfile((tars.split(file) or [file])[0])]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"{path} names {missing[0]}, which is missing{more}; set images=")
