@@ -16,7 +16,7 @@ import numpy as np
 
 from plumbing.errors import UserError, reading
 from plumbing.files import read_mat, read_text
-from plumbing.pictures import as_bytes, load_picture, pictures_at, refuse_bad_pictures
+from plumbing.pictures import as_bytes, is_there, load_picture, pictures_at, refuse_bad_pictures
 
 PARTS = ("train", "val", "test")
 
@@ -93,7 +93,7 @@ def check(split, names, part, source):
     if len(unknown):
         found = f"labels of value {unknown[0]} in {part}"
         raise UserError(f"{source}: {found}; 0, 1 and 2 (uncertain, taken as 0) are known")
-    missing = [file for file in split.files if not os.path.isfile(file)]
+    missing = [file for file in split.files if not is_there(file)]
     if missing:
         more = f"{len(missing) - 1} more {part} pictures"
         raise UserError(f"{missing[0]} is missing (and {more}); set images=")

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from plumbing import tars
 from plumbing.errors import UserError, reading
 from plumbing.files import load_checkpoint, load_weights, read_json, regular
-from plumbing.pictures import as_bytes, pictures_at, refuse_bad_pictures
+from plumbing.pictures import as_bytes, is_there, pictures_at, refuse_bad_pictures
 
 
 class Captioned(NamedTuple):
@@ -62,7 +61,7 @@ def read_captions(path, folder=None, leave_out=(), trainval=False):
         raise UserError(f"leave_out={min(strangers)}: {path} has no such person to train on")
     rows["train"] = [row for row in rows["train"] if row[1] not in leave_out]
     files = [file for part in rows.values() for file, _, _ in part]
-    missing = [file for file in files if not os.path.isfile((tars.split(file) or [file])[0])]
+    missing = [file for file in files if not is_there(file)]
     if missing:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UserError(f"{path} names {missing[0]}, which is missing{more}; set images=")

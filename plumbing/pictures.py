@@ -79,6 +79,11 @@ def opened(path):
     return io.BytesIO(tars.read(*inside)) if inside else open(regular(path), "rb")
 
 
+def is_there(path):
+    """Is there a picture's file, or the tar that should hold it?"""
+    return os.path.isfile((tars.split(path) or [path])[0])
+
+
 # ------------------------------------------------------------------ the check at the start of a run
 
 

@@ -22,7 +22,7 @@ from pretrain_runs import SMALL
 
 import annotate
 from data import PretrainPictures
-from formats.attributes import read_csv
+from formats import attributes
 from formats.captions import read_captions
 from formats.coco import Limits, read_people
 from plumbing import pictures, tars
@@ -153,7 +153,8 @@ def test_lists_of_attributes_and_captions_name_pictures_in_tars(own):
     picture = pictures.load_picture(own.parent, "images/a.tar/003.jpg")
     table = own.parent / "people.csv"
     table.write_text("image,hat\nimages/a.tar/003.jpg,1\n")
-    _, split = read_csv(SimpleNamespace(images=None), table)
+    names, split = attributes.read_csv(SimpleNamespace(images=None), table)
+    attributes.check(split, names, "test", table)
     assert np.array_equal(split.load(0), picture)
     told = dict(id=1, img_path="images/a.tar/003.jpg", captions=["a person"], split="train")
     (own.parent / "captions.json").write_text(json.dumps([told]))
