@@ -146,7 +146,15 @@ def test_a_chunk_without_pictures_leaves_no_tar(tmp_path):
 
 def test_people_for_the_tasks_are_not_sharded(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no shards="):
-        run(monkeypatch, ["task=people", "shards=true", f"out={tmp_path / 'run'}"])
+        run(
+            monkeypatch,
+            [
+                "task=people",
+                "shards=true",
+                *"persons_train=2 persons_val=0 persons_test=1".split(),
+                f"out={tmp_path}",
+            ],
+        )
 
 
 def test_webdataset_reads_our_tars(both):

@@ -167,7 +167,9 @@ def test_lists_of_attributes_and_captions_name_pictures_in_tars(own):
 
 
 def cut(tar):
-    tar.write_bytes(tar.read_bytes()[:9000])
+    with tarfile.open(tar) as file:
+        at = file.getmember("007.jpg").offset_data
+    tar.write_bytes(tar.read_bytes()[: at + 100])
 
 
 def cut_in_a_header(tar):
@@ -206,7 +208,7 @@ def no_tar(tar):
 
 BROKEN = {
     Path.unlink: (12, "a.tar: No such file or directory"),
-    cut: (None, "which is cut off or damaged at byte 9000"),
+    cut: (5, "which is cut off or damaged at byte "),
     cut_in_a_header: (5, "which is cut off or damaged at byte "),
     damaged_header: (5, "which is cut off or damaged at byte "),
     without_a_member: (1, "007.jpg is missing (no 007.jpg in "),
@@ -223,13 +225,13 @@ def test_broken_tars_are_one_line_and_count_as_bad_pictures(own, spoil):
         read_people(own)
     line = str(error.value)
     assert said in line and "\n" not in line and "images/a.tar/0" in line, line
-    bad = int(line.split("max_bad=")[1])
-    assert count in (None, bad) and 0 < bad <= 12
-    if bad < 12:
-        people, notes = read_people(own, limits=Limits(max_bad=bad))
-        assert len(people.files) == 12 - bad == len(set(people.files) - set(notes["bad"]))
+    assert line.endswith(f"max_bad={count}")
+    if count < 12:
+        people, notes = read_people(own, limits=Limits(max_bad=count))
+        left_out = {name.encode() for name in notes["bad"]}
+        assert len(people.files) == 12 - count and len(left_out - set(people.files)) == count
         with pytest.raises(UserError):
-            read_people(own, limits=Limits(max_bad=bad - 1))
+            read_people(own, limits=Limits(max_bad=count - 1))
     people, _ = read_people(own, limits=Limits(check_pictures=False))
     with pytest.raises(UserError) as error:  # what goes bad later is named when it is loaded
         pictures.load_picture(people.folder, people.files[7])
