@@ -20,7 +20,7 @@ from plumbing.errors import UserError, reading
 from plumbing.files import regular, write_atomic
 
 known = {}  # path of a tar → (its size and time, Members)
-one_at_a_time = threading.Lock()  # of the threads that meet a new tar
+scanning = {}  # path of a tar → lock: of the threads that meet a new tar, one reads its headers
 
 
 class Members(NamedTuple):
@@ -71,7 +71,7 @@ def members(tar):
         raise UserError(f"cannot read {tar}: {error.strerror}") from None
     stamp = about.st_size, about.st_mtime_ns
     if known.get(tar, (None,))[0] != stamp:
-        with one_at_a_time:
+        with scanning.setdefault(tar, threading.Lock()):
             if known.get(tar, (None,))[0] != stamp:
                 known[tar] = stamp, remembered(tar, stamp) or scanned(tar, stamp)
     return known[tar][1]
