@@ -5,9 +5,9 @@ clothes and place [paper].
 
 Inputs   COCO keypoint JSON (the pictures themselves are not needed) and COCO captions JSON, or a
          prompt template, or a file of prompts. The puppet needs nothing: it can sample poses.
-Outputs  in `out`: images/POSE_K.jpg, one person each; annotations.json (COCO-17 keypoints, pose_id,
-         caption, seed: docs/annotations.md); summary.json; sheet.png (a row is a pose, its first
-         picture the drawn condition).
+Outputs  in `out`: images/POSE_K.jpg, one person each (shards=true: in images/NUMBER.tar);
+         annotations.json (COCO-17 keypoints, pose_id, caption, seed: docs/annotations.md);
+         summary.json; sheet.png (a row is a pose, its first picture the drawn condition).
 
   python generate.py --cfg configs/generate_demo.yaml                           # puppet, laptop
   torchrun --nproc_per_node=8 generate.py --cfg configs/generate_coco_t2i.yaml  # paper's GenCOCO
@@ -97,6 +97,7 @@ KEYS = dict(
     # files and work
     picture_format=Key("jpg", "jpg or png", choices=("jpg", "png")),
     quality=Key(95, "JPEG quality", low=1, high=100),
+    shards=Key(False, "write a tar file per chunk in place of loose pictures (docs/data.md)"),
     chunk=Key(32, "units that ranks and workers take at a time: what a kill can cost", low=1),
     sheet_rows=Key(10, "poses, or people, on the contact sheet", low=1),
     device=MACHINE["device"],

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from drawing.grids import as_picture, sheet
+from plumbing.pictures import load_picture
 
 # ----------------------------------------------------------------------- conditions for a generator
 
@@ -139,7 +140,7 @@ def condition_sheet(poses, draw, out, title, captions):
             zoom = (cell / size).min()
             skeleton = np.reshape(rows[0]["keypoints"], (17, 3)) * [zoom, zoom, 1]
             grid[-1].append(draw([skeleton], tuple(np.ceil(size * zoom).astype(int).tolist())))
-        grid[-1] += [Image.open(Path(out) / "images" / row["file_name"]) for row in rows]
+        grid[-1] += [load_picture(Path(out) / "images", row["file_name"]) for row in rows]
         told = rows[0]["caption"] if captions else ""
         labels.append(f"{'pose' if draw else 'prompt'} {rows[0]['pose_id']}\n{told}")
     heads = ["condition"] * bool(draw) + [f"k = {k}" for k in range(len(poses[0]))]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from formats.joints import flip_ids
 from plumbing.errors import UserError, and_more
-from plumbing.pictures import as_bytes, find_bad_pictures, pictures_at
+from plumbing.pictures import as_bytes, find_bad_pictures, opened, pictures_at
 
 MIN_SCORE = 0.2  # HRNet and ViTPose count a joint into a pose's score from here [HRNet] [ViTPose]
 
@@ -89,8 +89,8 @@ def measured(people, path, limits):
     people, sizes = leave_out(people, bad, path, limits), {}
     for name in people.files.tolist():
         if name not in sizes:  # only its header is read
-            with Image.open(os.path.join(people.folder, name.decode())) as picture:
-                sizes[name] = picture.size
+            with opened(os.path.join(people.folder, name.decode())) as file:
+                sizes[name] = Image.open(file).size
     if not sizes:
         raise UserError(f"{path}: none of its pictures can be read; look at the files")
     size = np.array([sizes[name] for name in people.files.tolist()], np.int32)

@@ -1,9 +1,9 @@
 """Work in chunks that survives a kill: the pictures of generate.py, the poses of annotate.py.
 
 The units of work (poses, source pictures, people) are made in chunks. A chunk counts once its
-record .parts/N.jsonl is written, after its pictures. So a killed run, started again with any number
-of ranks and workers, makes what is missing, and the set comes out the same. What a power cut broke
-is made again.
+record .parts/N.jsonl is written, after its pictures, which are files or a tar. So a killed run,
+started again with any number of ranks and workers, makes what is missing, and the set comes out the
+same. What a power cut broke is made again.
 
 Record: a line about the chunk (its units and files, how many rows follow, pictures painted again),
 then a row per picture or skipped pose. A unit's pictures depend on (seed, unit) only. `cfg` is
@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import sys
+import tarfile
 import time
 from itertools import groupby
 from pathlib import Path
@@ -51,19 +52,50 @@ class Chunks(Dataset):
         """Pictures first, the record last: without its record a chunk was never made."""
         units, names = self.units_of(number), []
         rows, again = self.make(units)
-        for files, _ in rows:
-            for name, picture in files.items():
-                content = encoded(picture, Path(name).suffix, self.cfg.quality)
-                if not (self.out / name).parent.exists():
-                    (self.out / name).parent.mkdir(exist_ok=True)
-                # Flushing each to the disk would take longer than drawing it. After a power cut
-                # `is_whole` looks at the pictures.
-                put(self.out / name, content, durable=False)
-            names += files
+        if any(files for files, _ in rows):
+            names = self.write_tar(number, rows) if self.cfg.shards else self.write_files(rows)
         about = dict(units=units, files=names, rows=len(rows), again=again)
         lines = [json.dumps(line) + "\n" for line in [about, *(row for _, row in rows)]]
         put(self.path(number), "".join(lines).encode())
         return sum("skipped" not in row for _, row in rows)
+
+    def write_files(self, rows):
+        """Each picture a file. → their paths below `out`."""
+        names = [name for files, _ in rows for name in files]
+        for folder in {Path(name).parent for name in names}:
+            (self.out / folder).mkdir(exist_ok=True)
+        for files, _ in rows:
+            for name, picture in files.items():
+                content = encoded(picture, Path(name).suffix, self.cfg.quality)
+                # Flushing each to the disk would take longer than drawing it. After a power cut
+                # `is_whole` looks at the pictures.
+                put(self.out / name, content, durable=False)
+        return names
+
+    def write_tar(self, number, rows):
+        """All pictures in one tar, as WebDataset has them: a picture, what belongs to it, and its
+        row as JSON follow one another; their names are the same up to the first dot.
+        → the pictures' paths below `out`. A row's file_name becomes TAR/NAME. Equal rows, equal
+        bytes."""
+        shard, names = f"images/{number:06d}.tar", []
+
+        def write(part):
+            with tarfile.open(part, "w", format=tarfile.USTAR_FORMAT) as tar:
+                for files, row in rows:
+                    for path, picture in files.items():
+                        name = Path(path).name  # parts/7_0.png is 7_0.parts.png here
+                        if not path.startswith("images/"):
+                            name = name.replace(".", f".{Path(path).parent}.")
+                        add(tar, name, encoded(picture, Path(path).suffix, self.cfg.quality))
+                        names.append(f"{shard}/{name}")
+                    if files:
+                        key = Path(row["file_name"]).stem
+                        row["file_name"] = f"{Path(shard).name}/{row['file_name']}"
+                        add(tar, f"{key}.json", json.dumps(row).encode())
+
+        (self.out / "images").mkdir(exist_ok=True)
+        write_atomic(self.out / shard, write)
+        return names
 
     def made(self, numbers, workers):
         """Iterate over the chunks of these numbers, made by so many processes (0: by this one)."""
@@ -231,6 +263,12 @@ def encoded(picture, suffix, quality):
     kind = {".jpg": "JPEG", ".png": "PNG"}[suffix]
     picture.save(buffer, format=kind, quality=quality)  # PNG heeds no quality
     return buffer.getvalue()
+
+
+def add(tar, name, content):
+    about = tarfile.TarInfo(name)  # owner 0, time 0
+    about.size = len(content)
+    tar.addfile(about, io.BytesIO(content))
 
 
 def put(path, content, durable=True):

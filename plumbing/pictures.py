@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import warnings
@@ -12,6 +13,7 @@ import numpy as np
 import torch.distributed as dist
 from PIL import Image
 
+from plumbing import tars
 from plumbing.errors import UserError, and_more, in_a_line, reading
 from plumbing.files import regular, write_json
 
@@ -21,20 +23,25 @@ warnings.filterwarnings("ignore", module="PIL")
 
 
 def picture_names(folder, below=False):
-    """Sorted names of the picture files in a folder (below: and its folders); UserError where there
-    are none."""
+    """Sorted names of the picture files in a folder (below: and its folders, or of those in the tar
+    files there, where no picture lies loose); UserError where there are none."""
     if not Path(folder).is_dir():
         raise UserError(f"no folder {folder}; check the keys that name folders")
     paths = Path(folder).rglob("*") if below else Path(folder).iterdir()
-    paths = [path for path in paths if path.suffix.lower() in SUFFIXES]
     names = sorted(str(path.relative_to(folder)) for path in paths)
+    shards = [name for name in names if below and name.endswith(".tar")]
+    names = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    # Beside loose pictures, a tar is often the download that held them: they would count twice.
+    for tar in shards if not names else ():
+        inside = tars.member_names(os.path.join(folder, tar))
+        names += [f"{tar}/{name}" for name in inside if Path(name).suffix.lower() in SUFFIXES]
     if not names:
         raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
     return names
 
 
 def pictures_at(path):
-    """A folder of pictures, or one picture → (folder, sorted names of the pictures below it)."""
+    """A folder of pictures or tars, or one picture → (folder, sorted names of all below it)."""
     if Path(path).is_file() and Path(path).suffix.lower() in SUFFIXES:
         return str(Path(path).parent), [Path(path).name]
     return str(path), picture_names(path, below=True)
@@ -54,8 +61,8 @@ def load_picture(folder, name, size=None):
     """RGB PIL picture; UserError names a file that is missing, damaged or of another size than its
     annotation says."""
     path = os.path.join(folder, name.decode() if isinstance(name, bytes) else name)
-    with reading(path, "a picture"):
-        picture = Image.open(regular(path))
+    with reading(path, "a picture"), opened(path) as file:
+        picture = Image.open(file)
         if picture.mode.startswith("I"):  # 16 bits of grey, which Pillow would make all white
             picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
         picture = picture if picture.mode == "RGB" else picture.convert("RGB")
@@ -64,6 +71,12 @@ def load_picture(folder, name, size=None):
         said = tuple(map(int, size))
         raise UserError(f"{path} is {picture.size} but its annotation says {said}")
     return picture
+
+
+def opened(path):
+    """A picture's file, or what a tar holds of it, to read from."""
+    inside = tars.split(path)
+    return io.BytesIO(tars.read(*inside)) if inside else open(regular(path), "rb")
 
 
 # ------------------------------------------------------------------ the check at the start of a run
@@ -152,17 +165,20 @@ def picture_fault(path, size=None):
     Only its header and its last bytes are looked at; a file without its end is decoded.
     """
     try:
-        with open(regular(path), "rb") as file:
-            picture = Image.open(file)
-            file.seek(-min(12, file.seek(0, 2)), 2)
+        with opened(path) as file:
+            if not (size_in_bytes := file.seek(0, 2)):
+                return "empty"
+            picture = Image.open(file)  # from its start
+            file.seek(-min(12, size_in_bytes), 2)
             tail = file.read()
             if not (tail.endswith(b"\xff\xd9") or b"IEND" in tail):  # the end of a JPEG or a PNG
                 picture.load()
     except Exception as error:  # Pillow and its plug-ins raise many kinds
-        if not os.path.exists(path):
+        if tars.split(path):
+            if isinstance(error, UserError):  # of the tar: damage inside is another error
+                return f"missing ({error})"
+        elif not os.path.exists(path):
             return "missing"
-        if os.path.getsize(path) == 0:
-            return "empty"
         return f"damaged or truncated ({in_a_line(error)})"
     if size in (None, picture.size):
         return None

@@ -57,6 +57,8 @@ def check(cfg):
     for name in ("annotations", "parts"):
         if getattr(cfg, name):
             raise UserError(f"task people samples its poses and draws no parts: leave {name} out")
+    if cfg.shards:
+        raise UserError("task people writes Market-1501's folders of loose pictures: no shards=")
     if cfg.persons_val >= cfg.persons_train:
         most = f"persons_train={cfg.persons_train} to train on"
         raise UserError(f"persons_val={cfg.persons_val} leaves nobody of {most}")

@@ -301,7 +301,7 @@ def test_full_disk_is_one_line(tmp_path, monkeypatch):
 
 def test_record_before_pictures_cannot_be(tmp_path, monkeypatch):
     """The record is the last file of a chunk, so that a recorded chunk has all its pictures."""
-    cfg, order = SimpleNamespace(out=tmp_path, chunk=2, quality=95), []
+    cfg, order = SimpleNamespace(out=tmp_path, chunk=2, quality=95, shards=False), []
     monkeypatch.setattr(chunks, "put", lambda path, *_, **__: order.append(path.name))
     picture = Image.new("RGB", (2, 2))
     rows = [({"images/3_0.png": picture}, dict(pose_id=3)), ({}, dict(pose_id=4, skipped="x"))]

@@ -37,7 +37,8 @@ def commands_of(text):
 
 STAGES = ["annotate", "generate", "pretrain"]
 STAGES += ["finetune_pose", "finetune_reid", "finetune_par", "finetune_t2i"]
-sys.path.append(str(ROOT / "experiments"))  # whose commands are read as those of the stages
+for name in ("experiments", "benchmarks"):  # whose commands are read as those of the stages
+    sys.path.append(str(ROOT / name))
 DOCUMENTS = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
