@@ -40,6 +40,7 @@ from plumbing.files import (
     write_atomic,
     write_json,
 )
+from plumbing.gradient_cache import backward_in_parts
 from plumbing.loading import EpochBatches, StepSampler, training_loader
 from plumbing.process import check_memory, end_with_parent, lock
 from plumbing.runs import earlier_run, finish_run, look_into, record_end, record_start
