@@ -240,8 +240,9 @@ def build_data(cfg, ranks):
     # L_mp needs several pictures of a pose in a batch; without it nothing asks for whole poses.
     P = cfg.pictures_per_pose if cfg.gamma_mp else 1
     batches = PoseBatches(dataset, cfg.batch, P, cfg.shares, cfg.seed, ranks)
-    if (own := cfg.batch // ranks.world) % cfg.accumulate:
-        raise UserError(f"accumulate={cfg.accumulate} does not divide a rank's {own} pictures")
+    own = cfg.batch // ranks.world
+    if own % cfg.accumulate:
+        raise UserError(f"accumulate={cfg.accumulate} must divide the {own} pictures of a rank")
     if cfg.gamma_mp and not batches.posed:
         raise UserError(
             "no batch can hold a positive pair: shares= or max_bad= leave no pose group; "
