@@ -29,9 +29,8 @@ def backward_in_parts(model, batch, n, autocast):
     out, cache = dict(rec=zero, align=zero, mp=zero, health=[], total=zero), [0.0] * n
 
     if model.gamma_align > 0 or model.gamma_mp > 0:  # else MAE, which compares no pictures
-        # Copies of the special tokens: a view would keep the others in memory.
         with torch.no_grad(), autocast:
-            special = [model.reconstruct(*part, decode=False)["special"].clone() for part in parts]
+            special = [model.reconstruct(*part, decode=False)["special"] for part in parts]
         special = torch.cat(special, dim=1).requires_grad_()  # (v, B, S, D) of the whole batch
         with autocast:
             out = model.contrast(out | dict(special=special), pose_id)
