@@ -42,6 +42,7 @@ from plumbing.files import (
     write_json,
     write_npz,
 )
+from plumbing.gradient_cache import backward_in_parts
 from plumbing.loading import EpochBatches, StepSampler, training_loader
 from plumbing.process import check_memory, end_with_parent, lock
 from plumbing.runs import earlier_run, finish_run, look_into, record_end, record_start

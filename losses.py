@@ -1,4 +1,6 @@
-"""The three losses of GenPoCCL and the gather they need (method: L = L_rec + γ1·L_align + γ2·L_mp).
+"""The three losses of GenPoCCL, L_mp's projector, and the gather they need.
+
+    L = L_rec + γ1·L_align + γ2·L_mp
 
 Legend: B embeddings on this rank · M embeddings on all ranks · R ranks · N patches · D width · p
 patch side · H, W picture · h, w grid. Suffix _local: this rank's rows; _all: the rows of all ranks,
@@ -222,6 +224,27 @@ def alignment_loss(a, b, tau=0.2, gather_gradient=True):
 
 
 # --------------------------------------------------------------------------------------------- L_mp
+
+
+class Projector(nn.Module):
+    """From a token to the space of L_mp: "none", or "mlp" 768 → 4096 → 4096 → 256 [StableRep].
+
+    The batch statistics are those of all rows given, pictures without a pose group included.
+    deviates from [StableRep]: there the k-th pictures of all prompts have statistics of their own.
+    """
+
+    def __init__(self, width, kind="none", hidden=4096, out=256):
+        super().__init__()
+        self.layers = nn.Identity()
+        if kind == "mlp":
+            self.layers = nn.Sequential(
+                *(nn.Linear(width, hidden, bias=False), GlobalBatchNorm(hidden), nn.ReLU()),
+                *(nn.Linear(hidden, hidden, bias=False), GlobalBatchNorm(hidden), nn.ReLU()),
+                nn.Linear(hidden, out),
+            )
+
+    def forward(self, x):
+        return self.layers(x)
 
 
 def pair_masks(pose_id):

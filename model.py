@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 
 import losses
-from losses import GlobalBatchNorm, full_precision, no_autocast, patchify, split_mask, take_patches
+from losses import Projector, full_precision, no_autocast, patchify, split_mask, take_patches
 
 EPS = 1e-6  # of LayerNorm [MAE]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # [MAE] [HAP]
@@ -244,7 +244,7 @@ def load_encoder(path):
     return vit.eval()
 
 
-# ------------------------------------------------------------------ decoder, projector and GenPoCCL
+# ----------------------------------------------------------------------------- decoder and GenPoCCL
 
 
 class Decoder(nn.Module):
@@ -288,27 +288,6 @@ class Decoder(nn.Module):
         # Only masked patches are predicted, which saves 5.6 % of a tiny model's step.
         x = run_block(self.blocks[-1].last_tokens, x, masked.shape[1], self.checkpoint_activations)
         return self.head(self.norm(x))
-
-
-class Projector(nn.Module):
-    """From a token to the space of L_mp: "none", or "mlp" 768 → 4096 → 4096 → 256 [StableRep].
-
-    The batch statistics are those of all rows given, pictures without a pose group included.
-    deviates from [StableRep]: there the k-th pictures of all prompts have statistics of their own.
-    """
-
-    def __init__(self, width, kind="none", hidden=4096, out=256):
-        super().__init__()
-        self.layers = nn.Identity()
-        if kind == "mlp":
-            self.layers = nn.Sequential(
-                *(nn.Linear(width, hidden, bias=False), GlobalBatchNorm(hidden), nn.ReLU()),
-                *(nn.Linear(hidden, hidden, bias=False), GlobalBatchNorm(hidden), nn.ReLU()),
-                nn.Linear(hidden, out),
-            )
-
-    def forward(self, x):
-        return self.layers(x)
 
 
 class GenPoCCL(nn.Module):
@@ -356,6 +335,14 @@ class GenPoCCL(nn.Module):
           the masked patches in grid order (None without decoder); bad (B,) bool: pictures whose
           output is not finite.
         """
+        # Each picture by itself, then all pictures of the batch together.
+        return self.contrast(self.reconstruct(images, masks), pose_id)
+
+    def reconstruct(self, images, masks, decode=True):
+        """The first half of forward: special tokens (v, B, S, D), L_rec, what is not finite.
+
+        It compares no pictures: in parts of a batch it gives the same. decode=False: tokens alone.
+        """
         v, B = len(masks), len(images)
         zero = torch.zeros((), device=images.device)
         out = dict(rec=zero, align=zero, mp=zero, pred=None, health=[])
@@ -365,13 +352,11 @@ class GenPoCCL(nn.Module):
         if masks[0] is not None:
             visible, masked = split_mask(torch.cat(masks), self.n_visible)
         tokens = self.encoder(images, visible)  # (v·B, S + V, D)
-        special = tokens[:, : self.encoder.n_special].unflatten(0, (v, B))
-        out["cls"] = special[:, :, 0]
-        out["pose"] = special[:, :, 1] if self.encoder.n_special == 2 else None
+        out["special"] = tokens[:, : self.encoder.n_special].unflatten(0, (v, B))
         finite = tokens.detach().float().sum((1, 2)).view(v, B)
 
         # Eq.  L_rec = mean over views and masked patches of ‖pred − target‖² / (3p²)
-        if self.decoder is not None:
+        if self.decoder is not None and decode:
             pred = self.decoder(tokens, visible, masked)  # (v·B, N − V, p·p·3)
             with no_autocast(pred):
                 pred, patches = full_precision(pred, patchify(images, self.encoder.patch_size))
@@ -380,6 +365,17 @@ class GenPoCCL(nn.Module):
                 out["rec"] = error.mean()
             out["pred"] = pred.detach().unflatten(0, (v, B))
             finite = finite + error.detach().sum(1).view(v, B)
+        out["bad"] = ~finite.isfinite().all(0)
+        return out
+
+    def contrast(self, out, pose_id):
+        """The second half: adds to the first one's dict what compares pictures, and L.
+
+        It needs all pictures of the batch: in parts of a batch it gives something else.
+        """
+        special, v = out["special"], len(out["special"])
+        out["cls"] = special[:, :, 0]
+        out["pose"] = special[:, :, 1] if special.shape[2] == 2 else None
 
         # Eq.  L_align = 2τ [CE(cls of view 1 → view 2) + CE(view 2 → view 1)]
         if self.gamma_align > 0:
@@ -396,5 +392,4 @@ class GenPoCCL(nn.Module):
 
         # Eq.  L = L_rec + γ1·L_align + γ2·L_mp
         out["total"] = out["rec"] + self.gamma_align * out["align"] + self.gamma_mp * out["mp"]
-        out["bad"] = ~finite.isfinite().all(0)
         return out

@@ -83,6 +83,8 @@ KEYS = dict(
     pose_in_decoder=Key(True, "[POSE] is seen by the decoder", "[silent]"),
     compile=Key(False, "torch.compile the model"),
     checkpoint_activations=Key(False, "recompute activations: less memory", may_change=True),
+    accumulate=Key(1, "parts of a rank's batch, one at a time in memory; the batch's own gradient",
+                   "[GradCache]", low=1, may_change=True),
     # losses
     gamma_align=Key(0.05, "γ1, weight of L_align", "[paper]", low=0),
     gamma_mp=Key(0.05, "γ2, weight of L_mp", "[paper]", low=0),
@@ -162,11 +164,16 @@ def main():
         pose_id = sample["pose_id"].to(ranks.device, non_blocking=True)
         # Masks are drawn here, not in the loader: they are those of the whole global batch.
         masks = draw_masks(cfg, keypoints, model.encoder.grid, step, ranks)
-        with common.autocast(ranks.device, cfg.precision):
-            result = runner(images, masks, pose_id)  # the method: GenPoCCL.forward
-        # Outside autocast, and on shares of the loss whose mean over ranks is the loss: the mean
-        # of the ranks' gradients is then that of one process (losses.py).
-        result["total"].backward()
+        autocast = common.autocast(ranks.device, cfg.precision)
+        if cfg.accumulate == 1:
+            with autocast:
+                result = runner(images, masks, pose_id)  # the method: GenPoCCL.forward
+            # Outside autocast, and on shares of the loss whose mean over ranks is the loss: the
+            # mean of the ranks' gradients is then that of one process (losses.py).
+            result["total"].backward()
+        else:  # the same gradient in less memory
+            batch = images, masks, pose_id
+            result = common.backward_in_parts(model, batch, cfg.accumulate, autocast)
         largest = cfg.clip_grad or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), largest)
         optimizer.step()
@@ -233,6 +240,9 @@ def build_data(cfg, ranks):
     # L_mp needs several pictures of a pose in a batch; without it nothing asks for whole poses.
     P = cfg.pictures_per_pose if cfg.gamma_mp else 1
     batches = PoseBatches(dataset, cfg.batch, P, cfg.shares, cfg.seed, ranks)
+    own = cfg.batch // ranks.world
+    if own % cfg.accumulate:
+        raise UserError(f"accumulate={cfg.accumulate} must divide the {own} pictures of a rank")
     if cfg.gamma_mp and not batches.posed:
         raise UserError(
             "no batch can hold a positive pair: shares= or max_bad= leave no pose group; "

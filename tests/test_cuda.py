@@ -59,6 +59,7 @@ SETTINGS = [
     ("finetune_par", ""),
     ("finetune_t2i", "text=words"),
     ("finetune_t2i", "text=bert bert={root}/bert"),
+    ("pretrain", f"accumulate=2 {MLP}"),
 ]
 
 
