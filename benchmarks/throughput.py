@@ -5,6 +5,7 @@
   python benchmarks/throughput.py versus    our MAE setting and transformers.ViTMAEForPreTraining
   python benchmarks/throughput.py masks     4,096 part-guided masks, and a Python loop
   python benchmarks/throughput.py memory    bytes of a step, with and without recomputation
+  python benchmarks/throughput.py accumulate  speed and bytes where a batch is taken in parts
   python benchmarks/throughput.py generate  our diffusion setting and the plain diffusers call
 
 All keys of pretrain.py may follow (size=base batch=512 precision=bf16 device=cuda, --cfg
@@ -48,6 +49,7 @@ KEYS = pretrain.KEYS | dict(
     seconds=Key(1.0, "a candidate's turn repeats its work for about so long", low=0),
     precisions=Key(["fp32", "bf16"], "versus: precisions to compare"),
     batches=Key([8, 16, 32], "memory, generate: batches", of=int, low=1),
+    parts=Key([1, 2, 4, 8], "accumulate: numbers of parts", of=int, low=1),
 )
 
 
@@ -82,7 +84,11 @@ class Step:
         return ours.normalize(images), self.masks(keypoints), pose_id
 
     def forward_backward(self):
-        with common.autocast(self.ranks.device, self.cfg.precision):
+        autocast = common.autocast(self.ranks.device, self.cfg.precision)
+        if self.cfg.accumulate > 1:
+            batch = self.inputs()
+            return common.backward_in_parts(self.model, batch, self.cfg.accumulate, autocast)
+        with autocast:
             result = self.runner(*self.inputs())
         result["total"].backward()
         return result
@@ -279,6 +285,22 @@ def table_memory(cfg, ranks):
     return f"memory: {cfg.size} {cfg.precision}, {shape}, {how}", rows
 
 
+def table_accumulate(cfg, ranks):
+    """Speed and memory of a step whose batch is taken in parts, with and without recomputation."""
+    peak_of, ways, rows = measured_peak if ranks.device.type == "cuda" else counted_peak, {}, []
+    for parts in cfg.parts:
+        for recompute in (False, True):
+            what = f"accumulate {parts}{', checkpoint_activations' if recompute else ''}"
+            ways[what] = changed(cfg, accumulate=parts, checkpoint_activations=recompute)
+            rows.append({"what": what, "peak_GB": peak_of(ways[what], ranks) / 1e9})
+    seconds = measure(cfg, {what: Step(these, ranks) for what, these in ways.items()}, ranks)
+    first = seconds[rows[0]["what"]]
+    for row in rows:
+        s = seconds[row["what"]]
+        row |= {"pictures_per_s": cfg.batch / median(s), "speed_of_first": ratio(first, s)}
+    show(f"accumulate: {cfg.size} {cfg.precision} batch {cfg.batch}, {ranks.device}", rows)
+
+
 def measured_peak(cfg, ranks):
     """The allocator's peak in the second training step."""
     step = Step(cfg, ranks)
@@ -304,7 +326,8 @@ def counted_peak(cfg, ranks):
 
 
 TABLES = dict(step=table_step, parts=table_parts, versus=table_versus)
-TABLES |= dict(masks=table_masks, memory=table_memory, generate=table_generate)
+TABLES |= dict(masks=table_masks, memory=table_memory, accumulate=table_accumulate)
+TABLES |= dict(generate=table_generate)
 
 
 def main():
