@@ -33,6 +33,8 @@ def picture_names(folder, below=False):
     names = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
     # Beside loose pictures, a tar is often the download that held them: they would count twice.
     for tar in shards if not names else ():
+        if os.path.isdir(os.path.join(folder, tar)):
+            continue
         inside = tars.member_names(os.path.join(folder, tar))
         names += [f"{tar}/{name}" for name in inside if Path(name).suffix.lower() in SUFFIXES]
     if not names:
