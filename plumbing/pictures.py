@@ -29,10 +29,10 @@ def picture_names(folder, below=False):
         raise UserError(f"no folder {folder}; check the keys that name folders")
     paths = Path(folder).rglob("*") if below else Path(folder).iterdir()
     names = sorted(str(path.relative_to(folder)) for path in paths)
-    shards = [name for name in names if below and name.endswith(".tar")]
+    shards = [name for name in names if name.endswith(".tar") and (Path(folder) / name).is_file()]
     names = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
     # Beside loose pictures, a tar is often the download that held them: they would count twice.
-    for tar in shards if not names else ():
+    for tar in shards if below and not names else ():
         inside = tars.member_names(os.path.join(folder, tar))
         names += [f"{tar}/{name}" for name in inside if Path(name).suffix.lower() in SUFFIXES]
     if not names:

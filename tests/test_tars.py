@@ -138,6 +138,7 @@ def test_threads_and_loaders_of_any_kind_read_the_same(own):
 
 def test_a_folder_of_tars_is_read_and_a_download_beside_its_pictures_is_not(own):
     images = own.parent / "images"
+    (images / "b.tar").mkdir()
     people, _ = read_people(images)
     assert people.files.tolist() == [f"a.tar/{i:03d}.jpg".encode() for i in range(12)]
     folder, names = annotate.listed_pictures(str(images))
