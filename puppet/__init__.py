@@ -16,16 +16,6 @@ from puppet.scene import Scenes, sample_scenes
 
 KEYS = pose_set.KEYS | people_set.KEYS  # of generate.py
 
-__all__ = [
-    "KEYS",
-    "people_set",
-    "pose_set",
-    "PARTS",
-    "J",
-    "Poses",
-    "take",
-    "sample_poses",
-    "project",
-]
-__all__ += ["LSP_JOINTS", "coco17", "lsp_to_coco", "poses_from_keypoints", "Scenes"]
+__all__ = ["KEYS", "people_set", "pose_set", "PARTS", "J", "Poses", "take", "sample_poses"]
+__all__ += ["project", "LSP_JOINTS", "coco17", "lsp_to_coco", "poses_from_keypoints", "Scenes"]
 __all__ += ["sample_scenes", "Identities", "sample_identities", "attributes", "sentence", "render"]
