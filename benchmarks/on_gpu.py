@@ -141,6 +141,7 @@ def speed(part):
     part.table("parts", base)
     part.table("masks", "")
     part.table("memory", f"{base} batches=256")
+    part.table("accumulate", f"{base} parts=1,4")
     part.table("versus", "size=small batch=128", needs=["transformers"])
     compiled = f"{base} precisions=bf16 compile=true"
     part.table("versus", compiled, needs=["transformers"], name="versus, ViT-B compiled")

@@ -30,7 +30,7 @@ def test_speed_and_generate_run_every_table(tmp_path):
     done = rehearse(tmp_path, "speed", "generate")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = rows_of(tmp_path, "speed") + rows_of(tmp_path, "generate")
-    counts = dict(step=2, parts=6, masks=2, memory=2, versus=7 + 3, generate=3)
+    counts = dict(step=2, parts=6, masks=2, memory=2, accumulate=4, versus=7 + 3, generate=3)
     assert Counter(row["table"] for row in rows) == counts
     assert [row["same_masks"] for row in rows if "same_masks" in row] == [1.0]
 
