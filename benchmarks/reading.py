@@ -51,7 +51,7 @@ def main():
         if not (folder / "annotations.json").exists():
             make_set(folder, cfg.pictures, shards=name == "tars")
     order = np.random.default_rng(0).permutation(cfg.pictures)[: cfg.read]
-    table, how = [], ""
+    table, how = {}, ""
     for turn in range(1, cfg.rounds + 1):
         for name, folder in sets.items():
             for hidden in [*folder.glob(".*.json"), *folder.glob("images/.*.npz")]:
@@ -62,16 +62,15 @@ def main():
             if cfg.copy:
                 jobs += [("copy", shutil.copytree, folder / "images", copy)]
                 jobs += [("delete", shutil.rmtree, copy)]
-            row = {"set": f"{name}, turn {turn}"}
+            row = table[f"{name}, turn {turn}"] = {}
             for what, job, *arguments in jobs:
                 how = empty_caches(folder)
                 wall, cpu = time.perf_counter(), time.process_time()
                 job(*arguments)
                 row[f"{what} s"] = time.perf_counter() - wall
                 row[f"{what} cpu s"] = time.process_time() - cpu
-            table.append(row)
     size = sum(m.names.nbytes + m.offsets.nbytes + m.sizes.nbytes for _, m in tars.known.values())
-    table.append({"set": "index of the tars", "bytes per picture": size / cfg.pictures})
+    table["index of the tars"] = {"bytes per picture": size / cfg.pictures}
     show(f"reading: {cfg.pictures} pictures, {len(order)} read, {how}", table)
 
 

@@ -287,18 +287,18 @@ def table_memory(cfg, ranks):
 
 def table_accumulate(cfg, ranks):
     """Speed and memory of a step whose batch is taken in parts, with and without recomputation."""
-    peak_of, ways, rows = measured_peak if ranks.device.type == "cuda" else counted_peak, {}, []
+    peak_of, ways, rows = measured_peak if ranks.device.type == "cuda" else counted_peak, {}, {}
     for parts in cfg.parts:
         for recompute in (False, True):
             what = f"accumulate {parts}{', checkpoint_activations' if recompute else ''}"
             ways[what] = changed(cfg, accumulate=parts, checkpoint_activations=recompute)
-            rows.append({"what": what, "peak_GB": peak_of(ways[what], ranks) / 1e9})
+            rows[what] = {"peak_GB": peak_of(ways[what], ranks) / 1e9}
     seconds = measure(cfg, {what: Step(these, ranks) for what, these in ways.items()}, ranks)
-    first = seconds[rows[0]["what"]]
-    for row in rows:
-        s = seconds[row["what"]]
+    first = seconds[next(iter(rows))]
+    for what, row in rows.items():
+        s = seconds[what]
         row |= {"pictures_per_s": cfg.batch / median(s), "speed_of_first": ratio(first, s)}
-    show(f"accumulate: {cfg.size} {cfg.precision} batch {cfg.batch}, {ranks.device}", rows)
+    return f"accumulate: {cfg.size} {cfg.precision} batch {cfg.batch}, {ranks.device}", rows
 
 
 def measured_peak(cfg, ranks):
