@@ -6,6 +6,7 @@ Legend: B pictures · N of a set · S stripes · D width of the ViT · C channel
 an embedding · H, W picture.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -284,10 +285,8 @@ def read_guides(source, data, people, size):
         folder = Path(source) / (f"render_{degrees}" if degrees else "render")
         for name in people.files:
             if not (folder / name.decode()).is_file():
-                need = "a render of every training picture, under its name, is needed"
-                raise UserError(
-                    f"no file {folder / name.decode()}: {need} in each of eight folders"
-                )
+                need = "each of eight folders needs every training picture's render, by its name"
+                raise UserError(f"no file {folder / name.decode()}: {need}")
     return people, Guides(size, folder=source, files=people.files), 0
 
 
@@ -312,13 +311,14 @@ def lifted_guides(source, people, size):
     """Of real pictures: 2-D joints in a COCO JSON file, lifted. Depth and turns are approximate."""
     found = coco17(read_people(source, people.folder, Limits(check_pictures=False))[0])
     row_of, area = {}, {}
-    for row, name in enumerate(found.files.tolist()):  # of several people in a picture the largest
-        if found.area[row] > area.get(name, -1):
+    # Names without folders: a file of joints may count them from the root of the set.
+    for row, name in enumerate(map(os.path.basename, found.files.tolist())):
+        if found.area[row] > area.get(name, -1):  # of several people in a picture the largest
             row_of[name], area[name] = row, found.area[row]
-    kept = np.array([name in row_of for name in people.files.tolist()], bool)
-    rows = [row_of[name] for name in people.files[kept].tolist()]
-    # The window is the whole picture, at the size it is resized to.
-    H, W = size
+    names = [os.path.basename(name) for name in people.files.tolist()]
+    kept = np.array([name in row_of for name in names], bool)
+    rows = [row_of[name] for name in names if name in row_of]
+    H, W = size  # the window is the whole picture, at the size it is resized to
     points = found.keypoints[rows].astype(float)
     points[..., :2] *= (np.array([W, H]) / found.size[rows].reshape(-1, 2))[:, None]
     poses = poses_from_keypoints(points, np.tile((0, 0, W, H), (len(rows), 1)), pad=1.0)
