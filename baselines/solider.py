@@ -131,6 +131,11 @@ def main():
     common.seed_all(common.WEIGHTS, cfg.seed)
     model = Solider(cfg)
     if cfg.init:
+        # Controllers that the file does not hold begin near x → x, softplus(b) = 1. At b = 0 each
+        # would shrink x to .69 of itself, and token norms would lose what they say of the person.
+        for block in model.student.encoder.blocks:
+            if block.controller is not None:
+                nn.init.constant_(block.controller.scale.bias, math.log(math.e - 1))
         print(f"start from {cfg.init}: {load_into(model.student.encoder, cfg.init)}")
         model.teacher.load_state_dict(model.student.state_dict())
     if common.open_run(cfg, KEYS, ranks) == "finished":
