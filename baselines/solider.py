@@ -22,6 +22,7 @@ after ¼, ½, ¾ of the depth, where Swin has stages. From the release, tinyvisi
   foreground would be chance;
 - 2-means of the norms is exact (sorted), 3-means starts from thirds of the foreground by height,
   all on the device; there scikit-learn clusters each picture on the CPU;
+- controllers that init= does not hold begin as x → x; there they begin by shrinking x to .69;
 - a step without any foreground has no L_sm; there all its tokens are taught to be background;
 - part k is one for all ranks; L_sm is a mean over all ranks' tokens; the rate begins above 0;
 - augmentation and crop shapes are those of all methods here: w/h .375 to .667, there .4 to .6;
@@ -90,6 +91,7 @@ KEYS = dict(
     local_width=Key(64, "width of a local crop", "[SOLIDER]", low=1),
     batch=Key(384, "pictures in a global batch", "[SOLIDER] 48 on each of 8", low=1),
     # model
+    pose_token=Key(False, "[POSE] beside [CLS], where init= has it; no loss reads it"),
     out_dim=Key(65536, "K, prototypes of DINO's head; fewer on small data", "[DINO]", low=2),
     head_hidden=Key(2048, "hidden width of both heads", "[DINO]", low=1),
     drop_path=Key(0.1, "drop path of the student's last block", "[DINO]", low=0, high=0.9),
@@ -131,12 +133,7 @@ def main():
     common.seed_all(common.WEIGHTS, cfg.seed)
     model = Solider(cfg)
     if cfg.init:
-        # Controllers that the file does not hold begin near x → x, softplus(b) = 1. At b = 0 each
-        # would shrink x to .69 of itself, and token norms would lose what they say of the person.
-        for block in model.student.encoder.blocks:
-            if block.controller is not None:
-                nn.init.constant_(block.controller.scale.bias, math.log(math.e - 1))
-        print(f"start from {cfg.init}: {load_into(model.student.encoder, cfg.init)}")
+        print(f"start from {cfg.init}: {start_from(model.student.encoder, cfg.init)}")
         model.teacher.load_state_dict(model.student.state_dict())
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
@@ -198,6 +195,18 @@ def main():
 # ------------------------------------------------------------------------------------ model, losses
 
 
+def start_from(encoder, path):
+    """The weights at `path` into an encoder with controllers → a clause about them.
+
+    Controllers that the file does not hold begin near x → x, softplus(b) = 1. At b = 0 each would
+    shrink x to .69 of itself, and the tokens' norms would lose what they say of the person.
+    """
+    for block in encoder.blocks:
+        if block.controller is not None:
+            nn.init.constant_(block.controller.scale.bias, math.log(math.e - 1))
+    return load_into(encoder, path)
+
+
 class Network(nn.Module):
     """Student or teacher: an encoder and, on its [CLS], DINO's head."""
 
@@ -213,7 +222,7 @@ class Solider(nn.Module):
         super().__init__()
         s, sides = SIZES[cfg.size], (cfg.height, cfg.width)
         encoder = ViT(
-            s["width"], s["depth"], s["heads"], sides, cfg.patch, False, cfg.drop_path,
+            s["width"], s["depth"], s["heads"], sides, cfg.patch, cfg.pose_token, cfg.drop_path,
             controller=True,
         )  # fmt: skip
         self.student = Network(encoder, Head(encoder.width, cfg.head_hidden, cfg.out_dim))
