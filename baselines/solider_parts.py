@@ -4,8 +4,10 @@ The claim: the larger λ, the further apart parts of one person, and the closer 
 different people. It is measured on people drawn for it by the puppet, whose true part of every
 pixel is known; none of them was trained on. A patch belongs to the part that covers most of it, if
 that is a quarter at least; left and right limbs are one part. A part's feature is the mean of its
-patch tokens after the last norm; a distance is 1 − cosine, which no scale of tokens changes. Ours;
-the paper measures clusters of real people. Whether the clusters that L_sm teaches are parts at all
+patch tokens after the last norm, less the mean token of all people at that λ; a distance is
+1 − cosine. So neither a scale nor a shift that all tokens share, which the controller could give
+without telling parts, changes it (as_is: of the features with that mean). Ours; the paper measures
+clusters of real people. Whether the clusters that L_sm teaches are parts at all
 is measured on the same people: without that, no λ can keep the claim.
 
 Legend: n people or crops · N patches · P = 4 true parts · D width · H, W picture · h, w grid.
@@ -173,9 +175,12 @@ def distances(encoder, images, truth):
             semantic = torch.full((len(some),), weight, device=device)
             tokens = encoder(normalize(some.to(device)), semantic_weight=semantic)
             features.append(tokens[:, encoder.n_special :].float().cpu())
-        part = own @ torch.cat(features) / own.sum(2, keepdim=True).clamp(min=1)  # (n, P, D)
-        one, other = part_distances(part, own.sum(2) > 0)
+        features = torch.cat(features)
+        part = own @ features / own.sum(2, keepdim=True).clamp(min=1)  # (n, P, D)
+        as_is = part_distances(part, own.sum(2) > 0)
+        one, other = part_distances(part - features.mean((0, 1)), own.sum(2) > 0)
         row = {"lambda": weight, "parts_of_one_person": one, "same_part_of_others": other.mean()}
+        row |= {"parts_of_one_person_as_is": as_is[0], "same_part_of_others_as_is": as_is[1].mean()}
         row = {name: float(value) for name, value in row.items()}
         rows.append(row | {f"same_{name}": float(d) for name, d in zip(NAMES, other)})
     return rows
