@@ -31,6 +31,7 @@ from plumbing.files import save_weights
 
 SMALL = "size=tiny height=64 width=32 patch=8 local_crops=2 local_height=32 local_width=16"
 SMALL += " out_dim=24 head_hidden=16 batch=6 warmup_epochs=0.5 device=cpu workers=0 precision=fp32"
+SMALL += " controller_lr=3"
 
 
 # --------------------------------------------------------------------------------------- controller
@@ -213,6 +214,9 @@ def test_a_run_writes_what_it_says(run):
     told = json.loads((out / "semantics.json").read_text())
     assert len(told["claim"]) == 5 and 0 <= told["labels"]["nmi"] <= 1
     state = load_checkpoint(out / "last.pt")["model"]
+    groups = load_checkpoint(out / "last.pt")["optimizer"]["param_groups"]
+    fast = [group for group in groups if group["lr"] == pytest.approx(3 * groups[0]["lr"])]
+    assert sum(len(group["params"]) for group in fast) == 3 * 4  # W, b, V, d of three controllers
     encoder = load_encoder(out / "encoder.safetensors")
     name = "blocks.0.controller.shift.weight"
     assert torch.equal(encoder.state_dict()[name], state[f"teacher.encoder.{name}"])
