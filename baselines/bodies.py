@@ -105,6 +105,35 @@ def mean_skeleton(skeletons, rounds=10):
     return mean
 
 
+def bone_error(found, real):
+    """How far bones are from a body's: mean over the bones of |l − m| / m, l their lengths in found
+    (B, 17, 3), m the mean lengths in real (n, 17, 3), both unit. → (B,)"""
+    parent, child = torch.tensor(BONES).T
+    length, usual = ((x[:, parent] - x[:, child]).norm(dim=2) for x in (found, real))
+    usual = usual.mean(0)
+    return ((length - usual).abs() / usual).mean(1)
+
+
+def measure(found, truth, real, drawn):
+    """Lifted skeletons (B, 17, 3) against the true ones, in metres, and three that know nothing of
+    the picture; drawn (B, 17, 3): bodies of the sampler, which a lifter gives at best that fools
+    the discriminator and does not look. → dict of means, mm and shares; errors (B,) in mm.
+    """
+    found, mean = unit(found), mean_skeleton(real).expand_as(truth)
+    of = dict(mpjpe=found, mpjpe_dealt=found.roll(1, 0), mpjpe_any=drawn, mpjpe_mean=mean)
+    figures = {name: 1000 * aligned_error(one, truth) for name, one in of.items()}
+    each = figures["mpjpe"]
+    figures |= dict(bones=bone_error(found, real), bones_any=bone_error(drawn, real))
+    return {name: values.mean().item() for name, values in figures.items()}, each
+
+
+TOLD = (
+    "  lifter {mpjpe:.1f} mm; its skeletons dealt to other pictures {mpjpe_dealt:.1f} mm, any body "
+    "{mpjpe_any:.1f} mm, mean skeleton {mpjpe_mean:.1f} mm\n"
+    "a bone's length is off the mean body's by {bones:.1%}, any body's by {bones_any:.1%}"
+)
+
+
 # ------------------------------------------------------------------------------------------ drawing
 
 

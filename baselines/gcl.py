@@ -57,6 +57,7 @@ from torch.utils.data import DataLoader
 
 import common
 from baselines.gcl_parts import GCL, Views, draw_sheet, read_guides, view_scores
+from baselines.parts import squared_slope
 from common import UserError
 from drawing.curves import draw_curves
 from formats.market import read_data
@@ -250,8 +251,7 @@ def discriminator_loss(d, real, fakes, r1):
     real = real.detach().requires_grad_()
     told, fooled = 0.0, 0.0
     for out in d(real):
-        (slope,) = torch.autograd.grad(out.sum(), real, create_graph=True)
-        told = told + ((out - 1) ** 2).mean() + r1 * slope.square().flatten(1).sum(1).mean()
+        told = told + ((out - 1) ** 2).mean() + r1 * squared_slope(out, real)
     for fake in fakes:
         fooled = fooled + sum((out**2).mean() for out in d(fake.detach()))
     return len(fakes) * told + fooled

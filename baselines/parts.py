@@ -1,5 +1,6 @@
 """What two or more neighbouring methods need: keys, several crops of a picture, a teacher that is
-the moving average of its student, a queue of keys, an encoder for smaller pictures, DINO's head.
+the moving average of its student, a queue of keys, an encoder for smaller pictures, DINO's head,
+a discriminator's R1.
 
 Legend: B pictures on this rank · M on all ranks · D width · g global, l local crops of a picture ·
 H, W picture.
@@ -176,6 +177,13 @@ def update_teacher(teacher, student, momentum):
     torch._foreach_lerp_(own, [p.detach() for p in student.parameters()], 1 - momentum)
     for mine, theirs in zip(teacher.buffers(), student.buffers()):
         mine.copy_(theirs)
+
+
+def squared_slope(output, x):
+    """R1 [arXiv 1801.04406]: mean over b of ‖∂ Σ output / ∂x_b‖², x (B, …) a leaf that asks for its
+    gradient; itself differentiable. → scalar"""
+    (slope,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+    return slope.square().flatten(1).sum(1).mean()
 
 
 class Queue(nn.Module):

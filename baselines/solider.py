@@ -22,6 +22,7 @@ after ¼, ½, ¾ of the depth, where Swin has stages. From the release, tinyvisi
   foreground would be chance;
 - 2-means of the norms is exact (sorted), 3-means starts from thirds of the foreground by height,
   all on the device; there scikit-learn clusters each picture on the CPU;
+- controllers that init= does not hold begin as x → x; there they begin by shrinking x to .69;
 - a step without any foreground has no L_sm; there all its tokens are taught to be background;
 - part k is one for all ranks; L_sm is a mean over all ranks' tokens; the rate begins above 0;
 - augmentation and crop shapes are those of all methods here: w/h .375 to .667, there .4 to .6;
@@ -90,6 +91,9 @@ KEYS = dict(
     local_width=Key(64, "width of a local crop", "[SOLIDER]", low=1),
     batch=Key(384, "pictures in a global batch", "[SOLIDER] 48 on each of 8", low=1),
     # model
+    pose_token=Key(False, "[POSE] beside [CLS], where init= has it; no loss reads it"),
+    pooled=Key("cls", "what DINO reads: [CLS], or the mean of the patches, as of Swin's map",
+               "ours; [SOLIDER] the mean", ("cls", "mean")),
     out_dim=Key(65536, "K, prototypes of DINO's head; fewer on small data", "[DINO]", low=2),
     head_hidden=Key(2048, "hidden width of both heads", "[DINO]", low=1),
     drop_path=Key(0.1, "drop path of the student's last block", "[DINO]", low=0, high=0.9),
@@ -108,6 +112,7 @@ KEYS = dict(
     warmup_epochs=Key(10.0, "linear warm-up", "[DINO]", low=0),
     freeze_last_layer=Key(1.0, "epochs in which the prototypes rest", "[DINO]", low=0),
     blr=Key(5e-4, "base learning rate; lr = blr · batch / 256", "[DINO]", low=0),
+    controller_lr=Key(1.0, "the controllers' learning rate, as a multiple", "[SOLIDER] 1", low=0),
     min_lr=Key(1e-6, "learning rate at the end", "[DINO]", low=0),
     weight_decay=Key(0.04, "AdamW weight decay at the start", "[DINO]", low=0),
     weight_decay_end=Key(0.4, "and at the end, on a cosine", "[DINO]", low=0),
@@ -131,14 +136,19 @@ def main():
     common.seed_all(common.WEIGHTS, cfg.seed)
     model = Solider(cfg)
     if cfg.init:
-        print(f"start from {cfg.init}: {load_into(model.student.encoder, cfg.init)}")
+        print(f"start from {cfg.init}: {start_from(model.student.encoder, cfg.init)}")
         model.teacher.load_state_dict(model.student.state_dict())
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     model.to(ranks.device)
-    groups = common.parameter_groups(model, 1.0)  # 1 or 0: does it decay?
-    for group in groups:
+    named = model.student.encoder.named_parameters()
+    controllers = {id(p) for name, p in named if ".controller." in name}
+    groups = []
+    for group in common.parameter_groups(model, 1.0):  # 1 or 0: does it decay?
         group["decays"] = group["weight_decay"]
+        for dial, scale in ((False, 1.0), (True, cfg.controller_lr)):
+            own = [p for p in group["params"] if (id(p) in controllers) == dial]
+            groups.append(group | dict(params=own, lr_scale=scale))
     optimizer = torch.optim.AdamW(groups, lr=0.0, fused=True)
     first = common.resume(Path(cfg.out) / "last.pt", model, optimizer)["step"]
     epoch = batches.steps_per_epoch
@@ -193,6 +203,18 @@ def main():
 # ------------------------------------------------------------------------------------ model, losses
 
 
+def start_from(encoder, path):
+    """The weights at `path` into an encoder with controllers → a clause about them.
+
+    Controllers that the file does not hold begin near x → x, softplus(b) = 1. At b = 0 each would
+    shrink x to .69 of itself, and the tokens' norms would lose what they say of the person.
+    """
+    for block in encoder.blocks:
+        if block.controller is not None:
+            nn.init.constant_(block.controller.scale.bias, math.log(math.e - 1))
+    return load_into(encoder, path)
+
+
 class Network(nn.Module):
     """Student or teacher: an encoder and, on its [CLS], DINO's head."""
 
@@ -208,7 +230,7 @@ class Solider(nn.Module):
         super().__init__()
         s, sides = SIZES[cfg.size], (cfg.height, cfg.width)
         encoder = ViT(
-            s["width"], s["depth"], s["heads"], sides, cfg.patch, False, cfg.drop_path,
+            s["width"], s["depth"], s["heads"], sides, cfg.patch, cfg.pose_token, cfg.drop_path,
             controller=True,
         )  # fmt: skip
         self.student = Network(encoder, Head(encoder.width, cfg.head_hidden, cfg.out_dim))
@@ -236,12 +258,11 @@ class Solider(nn.Module):
             )
             labels, kept = part_labels(tokens[:, S:], teacher.encoder.grid, cfg.foreground)
             # 2. The teacher at the picture's own λ → DINO's targets.
-            cls = teacher.encoder.norm(tokens[:, 0])
+            read = self.pool(teacher.encoder.norm(tokens))
             if len(off):
-                cls[off] = teacher.encoder(both[off], semantic_weight=weight[off])[:, 0].to(
-                    cls.dtype
-                )
-            target = teacher.head(cls)
+                again = teacher.encoder(both[off], semantic_weight=weight[off])
+                read[off] = self.pool(again).to(read.dtype)
+            target = teacher.head(read)
             # 3. Part k of a picture with λ = 1 becomes 0, the mean of all pixels.
             hole = (labels[on] == k).unflatten(1, teacher.encoder.grid).unsqueeze(1)
             hole = hole.repeat_interleave(cfg.patch, 2).repeat_interleave(cfg.patch, 3)
@@ -256,13 +277,13 @@ class Solider(nn.Module):
             drop_local = noise[:, 4:].flatten(1)
         given, its_weight = torch.cat([both, hidden]), torch.cat([weight, weight[on]])
         tokens = student.encoder(given, drop_noise=drop, semantic_weight=its_weight)
-        cls, patches = tokens[: 2 * B, 0], tokens[:, S:]
+        read, patches = self.pool(tokens[: 2 * B]), tokens[:, S:]
         if local is not None:
             small = at_size(student.encoder, local.shape[-2:])
             repeated = weight[:B].repeat(len(local))
             found = small(local.flatten(0, 1), drop_noise=drop_local, semantic_weight=repeated)
-            cls = torch.cat([cls, found[:, 0]])
-        logits = student.head(cls).unflatten(0, (-1, B))  # (g + l, B, K)
+            read = torch.cat([read, self.pool(found)])
+        logits = student.head(read).unflatten(0, (-1, B))  # (g + l, B, K)
         # The tokens that L_sm asks: those of λ = 1, their crop whole and with a part hidden.
         asked = torch.cat([patches[on], patches[2 * B :]]).flatten(0, 1)
         answers = self.semantic_head(asked).unflatten(0, (2, *labels[on].shape))  # (2, R, N, 4)
@@ -284,6 +305,12 @@ class Solider(nn.Module):
         # Eq.  L = L_DINO + L_sm
         out["total"] = out["dino"] + cfg.semantic_loss * out["semantic"]
         return out
+
+    def pool(self, tokens):
+        """Tokens (…, T, D) after the last norm → what DINO's head reads, (…, D)."""
+        if self.cfg.pooled == "cls":
+            return tokens[..., 0, :]
+        return tokens[..., self.student.encoder.n_special :, :].mean(-2)
 
 
 def dino_loss(logits, q):

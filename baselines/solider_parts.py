@@ -4,8 +4,11 @@ The claim: the larger λ, the further apart parts of one person, and the closer 
 different people. It is measured on people drawn for it by the puppet, whose true part of every
 pixel is known; none of them was trained on. A patch belongs to the part that covers most of it, if
 that is a quarter at least; left and right limbs are one part. A part's feature is the mean of its
-patch tokens after the last norm; a distance is 1 − cosine. Ours; the paper measures clusters of
-real people.
+patch tokens after the last norm, less the mean token of all people at that λ; a distance is
+1 − cosine. So neither a scale nor a shift that all tokens share, which the controller could give
+without telling parts, changes it (as_is: of the features with that mean). Ours; the paper measures
+clusters of real people. Whether the clusters that L_sm teaches are parts at all
+is measured on the same people: without that, no λ can keep the claim.
 
 Legend: n people or crops · N patches · P = 4 true parts · D width · H, W picture · h, w grid.
 """
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from sklearn.metrics import normalized_mutual_info_score
 
 import puppet
 from drawing.grids import sheet
@@ -101,14 +105,17 @@ def show_parts(encoder, dataset, seed, least, out):
     """
     images, truth = drawn_people(PEOPLE, encoder.image_size, seed)
     table = distances(encoder, images, truth)
-    write_json(out / "semantics.json", table)
+    quality = label_quality(*clusters(encoder, images, least), truth, encoder.patch_size)
+    write_json(out / "semantics.json", {"claim": table, "labels": quality})
     draw_table(table, out / "semantics.png")
     label_sheet(encoder, dataset, (images, truth, least), out / "labels.png")
     lines = [f"{'λ':>5}{'parts of one person':>22}{'same part, other people':>26}{'ratio':>8}"]
     for row in table:
         own, other = row["parts_of_one_person"], row["same_part_of_others"]
         lines.append(f"{row['lambda']:5.2f}{own:22.4f}{other:26.4f}{own / other:8.3f}")
-    return "\n".join(lines)
+    told = "clusters: {kept:.0%} of people have labels; their foreground meets the person with IoU "
+    told += "{iou:.2f} (chance {iou_chance:.2f}); in it, NMI of clusters and parts {nmi:.2f}"
+    return "\n".join([*lines, told.format(**quality)])
 
 
 def drawn_people(n, size, seed):
@@ -131,6 +138,33 @@ def patch_parts(truth, patch):
 
 
 @torch.no_grad()
+def clusters(encoder, images, least):
+    """Pictures uint8 (n, 3, H, W) → part_labels of them on the CPU, from tokens at λ = 1."""
+    device, found = next(encoder.parameters()).device, []
+    for some in images.split(64):
+        whole = torch.ones(len(some), device=device)
+        tokens = encoder(normalize(some.to(device)), final_norm=False, semantic_weight=whole)
+        found.append(part_labels(tokens[:, encoder.n_special :], encoder.grid, least))
+    return [torch.cat(values).cpu() for values in zip(*found)]
+
+
+def label_quality(labels, kept, truth, patch):
+    """Labels (n, N), which pictures have them (n,), part maps (n, H, W) → dict: share that is kept;
+    of these, intersection over union of labelled and true patches, and what it would be were labels
+    dealt at random; normalised mutual information of label and part in the intersection."""
+    own = patch_parts(truth, patch)[kept]  # (n, P, N)
+    labels, person, part = labels[kept], own.any(1), own.float().argmax(1)
+    labelled = labels > 0
+    both = labelled & person
+    found, true = labelled.float().mean().item(), person.float().mean().item()
+    either = (labelled | person).sum().clamp(min=1)
+    nmi = normalized_mutual_info_score(part[both], labels[both]) if both.any() else 0.0
+    chance = found * true / max(found + true - found * true, 1e-9)
+    iou = (both.sum() / either).item()
+    return dict(kept=kept.float().mean().item(), iou=iou, iou_chance=chance, nmi=float(nmi))
+
+
+@torch.no_grad()
 def distances(encoder, images, truth):
     """→ a row for each λ: the two mean distances, and the second for each part."""
     device, rows = next(encoder.parameters()).device, []
@@ -141,9 +175,12 @@ def distances(encoder, images, truth):
             semantic = torch.full((len(some),), weight, device=device)
             tokens = encoder(normalize(some.to(device)), semantic_weight=semantic)
             features.append(tokens[:, encoder.n_special :].float().cpu())
-        part = own @ torch.cat(features) / own.sum(2, keepdim=True).clamp(min=1)  # (n, P, D)
-        one, other = part_distances(part, own.sum(2) > 0)
+        features = torch.cat(features)
+        part = own @ features / own.sum(2, keepdim=True).clamp(min=1)  # (n, P, D)
+        as_is = part_distances(part, own.sum(2) > 0)
+        one, other = part_distances(part - features.mean((0, 1)), own.sum(2) > 0)
         row = {"lambda": weight, "parts_of_one_person": one, "same_part_of_others": other.mean()}
+        row |= {"parts_of_one_person_as_is": as_is[0], "same_part_of_others_as_is": as_is[1].mean()}
         row = {name: float(value) for name, value in row.items()}
         rows.append(row | {f"same_{name}": float(d) for name, d in zip(NAMES, other)})
     return rows
@@ -181,23 +218,20 @@ def draw_table(table, path):
     write_atomic(path, lambda part: figure.savefig(part, format="png", dpi=110))
 
 
-@torch.no_grad()
 def label_sheet(encoder, dataset, drawn, path, n=8):
     """Rows: a drawn person, the true parts, the clusters; a training picture, its clusters."""
-    device = next(encoder.parameters()).device
     chosen = np.linspace(0, len(dataset) - 1, n).round().astype(int)
     own = torch.stack([dataset[0, int(row)]["image"][0] for row in chosen])
     images = torch.cat([drawn[0][:n], own])
-    tokens = encoder(normalize(images.to(device)), final_norm=False)[:, encoder.n_special :]
-    labels, kept = part_labels(tokens, encoder.grid, drawn[2])
-    labels = labels.cpu().unflatten(1, encoder.grid)
+    labels, kept = clusters(encoder, images, drawn[2])
+    labels = labels.unflatten(1, encoder.grid)
     for side in (1, 2):
         labels = labels.repeat_interleave(encoder.patch_size, side)
-    people, clusters = [], []
+    people, grouped = [], []
     for i in range(n):
         people.append([images[i], painted(images[i], drawn[1][i]), painted(images[i], labels[i])])
-        clusters.append([images[n + i], painted(images[n + i], labels[n + i])])
-    rows = two_a_row([a + b for a, b in zip(people, clusters)])
+        grouped.append([images[n + i], painted(images[n + i], labels[n + i])])
+    rows = two_a_row([a + b for a, b in zip(people, grouped)])
     heads = ["drawn person", "true parts", "clusters", "training picture", "clusters"] * 2
     share = f"{int(kept.sum())} of {2 * n} have labels"
     sheet(rows, path, None, heads, f"Clusters of the teacher's tokens at λ = 1; {share}", (96, 192))

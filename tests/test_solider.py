@@ -4,6 +4,7 @@ whole step against plain loops in float64, two ranks. Its script: test_solider_r
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -158,9 +159,16 @@ def tiny_solider(**changes):
     return model
 
 
-def test_the_step_is_the_paper_word_by_word():
+@pytest.mark.parametrize(("pooled", "pose_token"), [("cls", False), ("mean", True)])
+def test_the_step_is_the_paper_word_by_word(pooled, pose_token):
     """All crops masked, all tokens asked, λ as a weight, two teacher passes, drop path."""
-    model, (images, local, semantic, noise), k = tiny_solider(), step_data(), 2
+    model = tiny_solider(pooled=pooled, pose_token=pose_token)
+    (images, local, semantic, noise), k, S = step_data(), 2, 1 + pose_token
+
+    def read(tokens):
+        return tokens[:, 0] if pooled == "cls" else sum(tokens[:, i] for i in range(-n, 0)) / n
+
+    n = 8  # patches of a global crop
     student, teacher, B = model.student, model.teacher, 6
     centre, weight = model.centre.clone(), torch.tensor(semantic, dtype=torch.float64)
     out = model(images, local, semantic, k, noise)
@@ -170,26 +178,26 @@ def test_the_step_is_the_paper_word_by_word():
         tokens = teacher.encoder(
             images[crop], final_norm=False, semantic_weight=torch.ones(B).double()
         )
-        labels, kept = part_labels(tokens[:, 1:], (4, 2))
+        labels, kept = part_labels(tokens[:, S:], (4, 2))
         kept_all.append(kept)
-        targets.append(teacher.head(teacher.encoder(images[crop], semantic_weight=weight)[:, 0]))
+        targets.append(teacher.head(read(teacher.encoder(images[crop], semantic_weight=weight))))
         whole = student.encoder(images[crop], drop_noise=noise[crop], semantic_weight=weight)
-        logits.append(student.head(whole[:, 0]))
+        logits.append(student.head(read(whole)))
         hidden = images[crop].clone()
         for b in range(B):
-            for n in range(8):
-                y, x = n // 2 * 8, n % 2 * 8
-                hidden[b, :, y : y + 8, x : x + 8] *= float(labels[b, n] != k)
+            for i in range(8):
+                y, x = i // 2 * 8, i % 2 * 8
+                hidden[b, :, y : y + 8, x : x + 8] *= float(labels[b, i] != k)
         hidden = student.encoder(hidden, drop_noise=noise[2 + crop], semantic_weight=weight)
         for tokens in (whole, hidden):
-            answers = model.semantic_head(tokens[:, 1:])
+            answers = model.semantic_head(tokens[:, S:])
             for b in range(B):
-                for n in range(8) if kept[b] else ():
-                    errors.append(weight[b] * F.cross_entropy(answers[b, n], labels[b, n]))
-    small = at_size(student.encoder, (16, 8))
+                for i in range(8) if kept[b] else ():
+                    errors.append(weight[b] * F.cross_entropy(answers[b, i], labels[b, i]))
+    small, n = at_size(student.encoder, (16, 8)), 2
     for crop in range(2):
         found = small(local[crop], drop_noise=noise[4 + crop], semantic_weight=weight)
-        logits.append(student.head(found[:, 0]))
+        logits.append(student.head(read(found)))
     q = ((torch.stack(targets) - centre) / 0.04).softmax(-1)
     dino = solider.dino_loss(torch.stack(logits) / 0.1, q)
     semantic_loss = sum(errors) / len(errors)

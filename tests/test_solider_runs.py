@@ -16,7 +16,13 @@ from reid_runs import PLAIN, market
 
 import finetune_reid
 from baselines import solider
-from baselines.solider_parts import distances, drawn_people, part_distances, patch_parts
+from baselines.solider_parts import (
+    distances,
+    drawn_people,
+    label_quality,
+    part_distances,
+    patch_parts,
+)
 from common import load_checkpoint
 from formats.weights import AS_IS, build_encoder, load_into, meta_of
 from model import SIZES, ViT, load_encoder
@@ -25,6 +31,7 @@ from plumbing.files import save_weights
 
 SMALL = "size=tiny height=64 width=32 patch=8 local_crops=2 local_height=32 local_width=16"
 SMALL += " out_dim=24 head_hidden=16 batch=6 warmup_epochs=0.5 device=cpu workers=0 precision=fp32"
+SMALL += " controller_lr=3"
 
 
 # --------------------------------------------------------------------------------------- controller
@@ -102,6 +109,22 @@ def test_semantic_weight_of_a_stage(tmp_path):
     assert ".controller." in load_into(tiny_vit(True), without)  # they keep their start
 
 
+@torch.no_grad()
+def test_what_was_learnt_without_controllers_is_there_when_they_begin(tmp_path):
+    plain, images = tiny_vit(False), torch.randn(4, 3, 32, 16)
+    save_weights(tmp_path / "plain.safetensors", plain, **meta_of(plain))
+    vit, shrinking = tiny_vit(True), tiny_vit(True)
+    assert ".controller." in solider.start_from(vit, tmp_path / "plain.safetensors")
+    load_into(shrinking, tmp_path / "plain.safetensors")
+    norms = [x(images, final_norm=False).norm(dim=2) for x in (plain, vit, shrinking)]
+    assert ((norms[1] - norms[0]).abs() < 0.05 * norms[0]).all()
+    assert ((norms[2] - norms[0]).abs() > 0.1 * norms[0]).all()
+    nn.init.normal_(vit.blocks[0].controller.scale.bias)  # what the file holds stands
+    save_weights(tmp_path / "own.safetensors", vit, **meta_of(vit))
+    solider.start_from(shrinking, tmp_path / "own.safetensors")
+    assert torch.equal(shrinking(images), vit(images))
+
+
 # ---------------------------------------------------------------------------------------- the claim
 
 
@@ -143,6 +166,21 @@ def test_true_parts_of_drawn_people_and_the_table():
     assert len({row["parts_of_one_person"] for row in table}) == 5  # λ reaches the features
 
 
+def test_label_quality_of_labels_whose_figures_are_known():
+    """Two people of 4 patches: one labelled by its parts, one everywhere; a third is left out."""
+    truth = torch.zeros(3, 16, 16, dtype=torch.uint8)
+    truth[:, :8, :8], truth[:, 8:, :8] = 1, 4  # head and legs on the left
+    labels = torch.tensor([[1, 0, 3, 0], [1, 1, 3, 3], [3, 3, 1, 0]])
+    told = label_quality(labels, torch.tensor([True, True, False]), truth, 8)
+    assert told["kept"] == pytest.approx(2 / 3) and told["nmi"] == pytest.approx(1)
+    assert told["iou"] == pytest.approx(4 / 6)
+    assert told["iou_chance"] == pytest.approx(0.75 * 0.5 / (0.75 + 0.5 - 0.75 * 0.5))
+    one = label_quality(labels.clamp(max=1), torch.ones(3) > 0, truth, 8)
+    assert one["nmi"] == pytest.approx(0, abs=1e-6)  # one label for all parts says nothing
+    none = label_quality(labels * 0, torch.zeros(3) > 0, truth, 8)
+    assert none["kept"] == 0 and none["nmi"] == 0
+
+
 # ----------------------------------------------------------------------------------------- its runs
 
 
@@ -173,8 +211,12 @@ def test_a_run_writes_what_it_says(run):
     first = log_of(out)[0]
     assert first["ln_K"] == pytest.approx(np.log(24), rel=1e-4)
     assert first["loss"] == pytest.approx(first["dino"] + first["semantic"], rel=1e-4)
-    assert len(json.loads((out / "semantics.json").read_text())) == 5
+    told = json.loads((out / "semantics.json").read_text())
+    assert len(told["claim"]) == 5 and 0 <= told["labels"]["nmi"] <= 1
     state = load_checkpoint(out / "last.pt")["model"]
+    groups = load_checkpoint(out / "last.pt")["optimizer"]["param_groups"]
+    fast = [group for group in groups if group["lr"] == pytest.approx(3 * groups[0]["lr"])]
+    assert sum(len(group["params"]) for group in fast) == 3 * 4  # W, b, V, d of three controllers
     encoder = load_encoder(out / "encoder.safetensors")
     name = "blocks.0.controller.shift.weight"
     assert torch.equal(encoder.state_dict()[name], state[f"teacher.encoder.{name}"])
