@@ -91,7 +91,8 @@ KEYS = dict(out=Key("runs/liftedcl", "run folder")) | DATA | dict(
     bone_spread=Key(0.05, "standard deviation of a bone's length, as a share of it", low=0),
     optimizer=Key("sgd", "of the encoder: sgd, or adamw, which small ViTs need",
                   "[LiftedCL] sgd", ("sgd", "adamw")),
-    lr=Key(0.03, "learning rate of the encoder, heads and lifter", "[LiftedCL]", low=0),
+    blr=Key(0.12, "base learning rate of encoder, heads and lifter; lr = blr · batch / 256",
+            "[LiftedCL] lr .03 at batch 64", low=0),
     lr_d=Key(0.03, "learning rate of the discriminator", "[LiftedCL]", low=0),
     optimizer_d=Key("sgd", "of the discriminator", "[LiftedCL] sgd", ("sgd", "adamw")),
     r1=Key(0.0, "weight of D's squared slope at real bodies", "ours; [LiftedCL] none", low=0),
@@ -126,7 +127,8 @@ def main():
         return
     model.to(ranks.device)
     real_bodies = bodies.draw_bodies(cfg.bodies, cfg.bone_spread, cfg.seed).to(ranks.device)
-    optimizer = make_optimizer(student, cfg.optimizer, cfg.lr, cfg.weight_decay)
+    peak = cfg.blr * cfg.batch / 256
+    optimizer = make_optimizer(student, cfg.optimizer, peak, cfg.weight_decay)
     optimizer_d = make_optimizer(judge, cfg.optimizer_d, cfg.lr_d, cfg.weight_decay)
     state = common.resume(Path(cfg.out) / "last.pt", model, optimizer)
     if state["step"]:
@@ -142,7 +144,7 @@ def main():
 
     for step, sample in enumerate(loader, first):
         # A step is a function of (seed, step): a resumed run draws what the killed one would have.
-        lr = common.learning_rate(step, total, warmup, peak=cfg.lr)
+        lr = common.learning_rate(step, total, warmup, peak=peak)
         common.set_learning_rate(optimizer, lr)
         falling = common.learning_rate(step, total, warmup, peak=cfg.lr_d)
         common.set_learning_rate(optimizer_d, cfg.lr_d if cfg.constant_d else falling)

@@ -3,8 +3,10 @@ comparison from its command line that is killed, goes on, and has a failing cell
 """
 
 import csv
+import importlib
 import json
 import math
+import shlex
 import signal
 import sys
 import time
@@ -20,6 +22,7 @@ from safetensors.torch import save_file
 
 from formats.coco import read_people
 from formats.market import read_data
+from plumbing.config import read_config
 from plumbing.errors import UserError
 
 sys.path.append(str(ROOT / "experiments"))
@@ -89,6 +92,22 @@ def test_small_crops_count_by_their_area(more, views, tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "encoder.safetensors")
     assert tables.cost_of(tmp_path) == dict(pictures=20, views=views, parameters=22)
+
+
+@pytest.mark.parametrize("size", ["quick", "small", "gpu", "claims", "choices"])
+def test_every_row_of_our_comparisons_has_keys_its_script_takes(size, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cfg = read_config(compare.KEYS, "", ["--cfg", f"configs/compare_{size}.yaml"])
+    methods, select, tasks = compare.check(cfg)
+    sets = [command for _, command in compare.rows_of(cfg.sets, 2)]
+    for command in [*sets, *(row.command for row in (*methods, *select, *tasks))]:
+        if command:
+            filled = compare.filled(cfg, command, lr=1e-3, encoder="x", seed=0)
+            script, *words = shlex.split(filled)
+            stage = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+            keys = read_config(stage.KEYS, "", [*words, "out=x"])
+            if script.startswith(("pretrain", "baselines")):
+                stage.check(keys)
 
 
 def test_seconds_of_a_cell_that_was_cut_off(tmp_path):

@@ -107,7 +107,7 @@ def test_the_encoder_trains_on_in_the_pose_stage(plain, pictures, tmp_path):
 def test_it_overfits_a_few_pictures(tmp_path, monkeypatch):
     """Eight pictures again and again, whose last keys fill the queue: chance is ln 9 for both."""
     few = write_set(tmp_path, n_poses=8, per_pose=1)
-    more = "epochs=110 warmup_epochs=10 optimizer=adamw lr=5.0e-4 lr_d=0.003 ema=0.9 queue=8"
+    more = "epochs=110 warmup_epochs=10 optimizer=adamw blr=0.016 lr_d=0.003 ema=0.9 queue=8"
     more += " crop_min=0.8 save_every=1000"
     monkeypatch.setattr(sys, "argv", [SCRIPT, *arguments(few, tmp_path / "run", *more.split())])
     liftedcl.main()
