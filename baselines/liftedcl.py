@@ -25,8 +25,8 @@ Deviates
 - The discriminator sees skeletons √17 as large: a coordinate of a unit one is near .1, the product
   of two bones near .01, and in a short run it said ½ to all. Its rate falls with the encoder's
   (constant_d=true: it stays, as in the release). r1= adds a penalty of its slope at real bodies
-  (R1, arXiv 1801.04406; RepNet has one on its Wasserstein critic), for without it D wins. Both, and
-  optimizer_d=adamw, without which all pictures get one skeleton, are the demo's; not the default.
+  (R1, arXiv 1801.04406; RepNet has one on its Wasserstein critic), for without it D wins. It and
+  optimizer_d=adamw, with which skeletons begin to differ, are the demo's; not the default.
 - No weight decay on 1-D parameters and tokens; the rate falls with every step, not every epoch.
 - Queues: as Queue of parts.py. Nothing is shuffled between ranks: a ViT has no batch norm.
 

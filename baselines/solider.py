@@ -9,14 +9,15 @@ the picture's own λ, 0 or 1, gives DINO's targets; the student sees the crops, 
 once more with one body part hidden. The controller in the encoder (model.py) makes λ a dial that
 stays: 0 keeps looks (ReID .2), 1 keeps semantics (attributes, pose .8).
 
-  python baselines/solider.py --cfg configs/solider_demo.yaml     # laptop, two minutes
+  python baselines/solider.py --cfg configs/solider_demo.yaml     # laptop, three minutes
   torchrun --nproc_per_node=8 baselines/solider.py --cfg configs/solider.yaml ...   # GPUs
 
 Kept: DINO with centring and multi-crop; labels at λ = 1: foreground by token norm, three parts in
 it, named from top to bottom, only where more than half is foreground; parts hidden; λ in the
 backbone and as the weight of L_sm; the teacher is what is exported.
-Deviations. From the paper: a ViT, whose [CLS] stands where Swin has its mean token; controllers
-after ¼, ½, ¾ of the depth, where Swin has stages. From the release, tinyvision/SOLIDER:
+Deviations. From the paper: a ViT, whose [CLS] stands where Swin has its mean token (pooled=mean:
+as there); controllers after ¼, ½, ¾ of the depth, where Swin has stages. From the release,
+tinyvision/SOLIDER:
 - the semantic head is trained; there no optimiser holds it (frozen_semantic_head=true: as there);
 - labels come from tokens before the last norm: behind it all norms are nearly the same, and the
   foreground would be chance;
@@ -92,7 +93,7 @@ KEYS = dict(
     batch=Key(384, "pictures in a global batch", "[SOLIDER] 48 on each of 8", low=1),
     # model
     pose_token=Key(False, "[POSE] beside [CLS], where init= has it; no loss reads it"),
-    pooled=Key("cls", "what DINO reads: [CLS], or the mean of the patches, as of Swin's map",
+    pooled=Key("cls", "what DINO reads: [CLS]; or the patches' mean, then nothing trains [CLS]",
                "ours; [SOLIDER] the mean", ("cls", "mean")),
     out_dim=Key(65536, "K, prototypes of DINO's head; fewer on small data", "[DINO]", low=2),
     head_hidden=Key(2048, "hidden width of both heads", "[DINO]", low=1),

@@ -199,7 +199,7 @@ def part_distances(part, seen):
 
 
 def draw_table(table, path):
-    """Both distances and their ratio over λ, as one PNG."""
+    """Both distances over λ and how much they change, as one PNG."""
     figure = Figure((8.4, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     x = [row["lambda"] for row in table]
@@ -209,8 +209,10 @@ def draw_table(table, path):
     left.plot(x, other, "s-", color="#D55E00", label="same part of different people")
     left.set(ylabel="mean distance, 1 − cosine", ylim=(0, 1.15 * max(one.max(), other.max())))
     left.legend(frameon=False, fontsize=9)
-    right.plot(x, one / other, "o-", color="0.2")
-    right.set(ylabel="first ÷ second")
+    right.plot(x, one - one[0], "o-", color="#0072B2")
+    right.plot(x, other - other[0], "s-", color="#D55E00")
+    right.axhline(0, color="0.5", lw=0.8)
+    right.set(ylabel="change since λ = 0")
     for axis in (left, right):
         axis.set(xlabel="λ: 0 looks … 1 semantics", xticks=x)
         axis.grid(color="0.92")
