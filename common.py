@@ -44,7 +44,7 @@ from plumbing.files import (
 )
 from plumbing.gradient_cache import backward_in_parts
 from plumbing.loading import EpochBatches, StepSampler, training_loader
-from plumbing.process import check_memory, end_with_parent, lock
+from plumbing.process import check_memory, check_restarts, end_with_parent, lock
 from plumbing.runs import earlier_run, finish_run, look_into, record_end, record_start
 from plumbing.seeds import (
     DROP_PATH,
@@ -89,6 +89,7 @@ def start_ranks(device="auto", precision="auto"):
         device = start_gpu(int(os.environ.get("LOCAL_RANK", 0)), precision)
     device = torch.device(device)
     if world > 1 and not dist.is_initialized():
+        check_restarts()
         # With its device given, NCCL connects the ranks now, not inside the first step.
         backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
         dist.init_process_group(backend, timeout=RANKS_WAIT, device_id=own)

@@ -49,6 +49,22 @@ def end_with_parent():
     threading.Thread(target=watch, daemon=True).start()
 
 
+def check_restarts():
+    """UserError where torchrun would start dead ranks again but hand the new ones its old store.
+
+    They read the addresses that the dead ranks left there, and hang or are refused in most starts
+    (pytorch issue 135712; seen in torch 2.15). An agent that shares no store makes a new one.
+    """
+    environment = os.environ
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if shared and int(environment.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise UserError(
+            "torchrun --max-restarts: ranks that are started again would wait for the dead ones; "
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, and give it --standalone or "
+            "--rdzv_backend=c10d"
+        )
+
+
 def end_with_main(worker):
     """worker_init_fn: a DataLoader's process ends with its main process, even if that was killed.
 
