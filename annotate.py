@@ -34,7 +34,15 @@ from drawing.skeletons import people_sheet
 from formats.coco import MIN_SCORE, write_image_captions, write_people
 from formats.joints import COCO_CATEGORY, COCO_JOINTS
 from formats.prompts import filled_in
-from plumbing.chunks import Chunks, Progress, is_finished, mark_done, person_row, report
+from plumbing.chunks import (
+    Chunks,
+    Progress,
+    check_same_list,
+    is_finished,
+    mark_done,
+    person_row,
+    report,
+)
 from plumbing.config import MACHINE, Key, read_config
 from plumbing.pictures import load_picture, pictures_at
 from tasks.recognition import Captioner, Detector, PoseEstimator
@@ -45,7 +53,7 @@ KEYS = dict(
     limit=Key(0, "take so many pictures, spread evenly over all; 0: all", low=0),
     detector=Key(None, "finds people, hub id or folder; none: each picture is one person"),
     detector_score=Key(0.5, "a box counts from this score on", low=0.0, high=1.0),
-    min_side=Key(0, "leave out people whose box has a shorter side, px", low=0),
+    min_side=Key(0, "leave out people whose box (or whole crop) has a shorter side, px", low=0),
     pose_model=Key("usyd-community/vitpose-base-simple", "ViTPose, hub id or folder", "[ViTPose]"),
     min_score=Key(MIN_SCORE, "a joint is visible from this score on", "[HRNet] [ViTPose]",
                   low=0.01, high=1),
@@ -80,13 +88,20 @@ def main():
     models = Models(cfg, ranks.device)
     if is_finished(common.open_run(cfg, KEYS, ranks), out, ranks):
         return
+    check_same_list(cfg.pictures, names, out, ranks)
 
     def annotate(numbers):
-        rows = []
-        with ThreadPoolExecutor(8) as pool:  # the next pictures load while the models work
-            loaded = pool.map(lambda number: read_picture(folder, names[number]), numbers)
-            for batch in batches(zip(numbers, loaded), cfg.batch):
-                rows += annotate_batch(cfg, models, names, batch)
+        rows, parts = [], list(batches(numbers, cfg.batch))
+        with ThreadPoolExecutor(8) as pool:
+
+            def load(part):
+                return pool.map(lambda number: read_picture(folder, names[number]), part)
+
+            # The next batch loads while the models work on this one; no more is in memory.
+            loading = load(parts[0])
+            for part, following in zip(parts, [*parts[1:], []]):
+                pictures, loading = list(loading), load(following)
+                rows += annotate_batch(cfg, models, names, list(zip(part, pictures)))
         return [({}, row) for row in rows], 0
 
     # A chunk at a time, shared out to all ranks. What is there already stays.
@@ -122,9 +137,9 @@ class Models:
 
     def boxes(self, pictures):
         """→ for each picture (n, 5): boxes and their scores; without a detector all of it, 1."""
-        if self.detector is None:
-            return [np.array([[0, 0, *picture.size, 1.0]]) for picture in pictures]
-        found = self.detector.find(pictures)
+        found = [np.array([[0, 0, *picture.size, 1.0]]) for picture in pictures]
+        if self.detector:
+            found = self.detector.find(pictures)
         return [boxes[boxes[:, 2:4].min(1) >= self.cfg.min_side] for boxes in found]
 
     def captions(self, numbers, pictures):

@@ -50,7 +50,7 @@ def part_labels(tokens, grid, least=0.5):
     with no_autocast(tokens):
         tokens = full_precision(tokens)[0]
         inside = larger_of_two(tokens.norm(dim=2))
-        count = inside.sum(1, keepdim=True)
+        count = inside.sum(1, keepdim=True).clamp(min=1)  # 0 of NaN, which the loss will report
         # Thirds of the foreground from top to bottom: patches are counted row by row.
         thirds = (inside.cumsum(1) - 1) * PARTS // count
         labels = three_means(tokens, inside, thirds.clamp(0, PARTS - 1))

@@ -25,7 +25,7 @@ from baselines import parts
 from common import UserError
 from data import PoseBatches, PretrainPictures
 from drawing.training import draw_curves, neighbour_sheet
-from formats.weights import meta_of
+from formats.weights import load_into, meta_of
 from losses import full_precision, gather_with_gradient, no_autocast
 from model import SIZES, Projector, ViT, normalize
 from plumbing.config import MACHINE, Key, read_config
@@ -53,8 +53,7 @@ class VICReg(torch.nn.Module):
         tokens = self.encoder(images)
         z = self.expander(tokens[:, 1])  # [POSE]
         with no_autocast(z):
-            # All ranks' rows, with gradient: each rank has the loss of the whole batch, and the
-            # mean of the ranks' gradients is its gradient (losses.py).
+            # All ranks' rows, with gradient: each rank has the loss of the whole batch (losses.py).
             z = gather_with_gradient(full_precision(z)[0])
             out = vicreg_terms(z[0::2], z[1::2])
         out["total"] = sum(weight * out[name] for name, weight in WEIGHTS.items())
@@ -79,11 +78,13 @@ def main():
     people, about = parts.read_pictures(cfg)
     dataset = PretrainPictures(people, (cfg.height, cfg.width), cfg.seed)
     batches = PoseBatches(dataset, cfg.batch, 2, [], cfg.seed, ranks)
-    if not batches.posed:
-        raise UserError("no two pictures share a pose_id: annotations= needs a generated set")
+    if not batches.posed or (dataset.pose_id < 0).any():
+        raise UserError("pictures without a pose group: annotations= needs a generated set alone")
     common.seed_all(common.WEIGHTS, cfg.seed)
     s, size = SIZES[cfg.size], (cfg.height, cfg.width)
     model = VICReg(ViT(s["width"], s["depth"], s["heads"], size, cfg.patch), cfg)
+    if cfg.init:
+        print(f"start from {cfg.init}: {load_into(model.encoder, cfg.init)}")
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     out, model = Path(cfg.out), model.to(ranks.device)
@@ -98,9 +99,8 @@ def main():
         common.seed_all(common.STEP, cfg.seed, step)
         lr = common.learning_rate(step, total, total // 10, peak=cfg.blr * cfg.batch / 256)
         common.set_learning_rate(optimizer, lr)
-        images = normalize(sample["image"].to(ranks.device, non_blocking=True))
         with common.autocast(ranks.device, cfg.precision):
-            result = runner(images)
+            result = runner(normalize(sample["image"].to(ranks.device, non_blocking=True)))
         result["total"].backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
         optimizer.step()
@@ -110,17 +110,17 @@ def main():
         if log.saves(step):
             log.flush()
             if ranks.rank == 0:
-                file, about = out / "encoder.safetensors", meta_of(model.encoder)
-                common.save_weights(file, model.encoder, **about)
+                about = meta_of(model.encoder)
+                common.save_weights(out / "encoder.safetensors", model.encoder, **about)
                 state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
                 common.save_checkpoint(out / "last.pt", **state, step=step + 1)
             log.stop_if_asked(step)
     log.close()
     if ranks.rank == 0:
         images = torch.stack([dataset[(0, i)]["image"] for i in range(min(256, len(dataset)))])
-        pose = model.encoder(normalize(images.to(ranks.device)))[:, 1].detach().cpu()
-        ids = dataset.pose_id[: len(images)].tolist()
-        neighbour_sheet(images, pose, ids, out / "neighbours.png", "[POSE]")
+        with torch.no_grad():
+            z = model.encoder(normalize(images.to(ranks.device)))[:, 1].cpu()
+        neighbour_sheet(images, z, dataset.pose_id[:256].tolist(), out / "neighbours.png", "[POSE]")
         draw_curves([cfg.out], out / "curves.png")
         common.finish_run(cfg.out)
     common.barrier()

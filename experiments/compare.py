@@ -326,12 +326,16 @@ def report(cfg, work, methods, tasks, rates):
     columns = []
     for row in tasks:
         for metric in row.metrics:
-            values = {}
+            values, done = {}, []
             for method in methods:
                 rate = rates[method.name]["rate"]
                 folders = {seed: work.reported(row, method, rate, seed) for seed in cfg.seeds}
+                done += [folder for folder in folders.values() if (folder / "done").exists()]
                 found = {seed: metric_of(folder, metric) for seed, folder in folders.items()}
                 values[method.name] = {s: v for s, v in found.items() if v is not None}
+            if done and not any(values.values()):
+                has = ", ".join(tables.figures_of(done[0]))
+                work.failed[f"tasks/{row.name}"] = f"no cell has a figure {metric}; there are {has}"
             column = dict(table=row.table, task=row.name, metric=metric)
             columns.append(column | {"rows": tables.summary(values, cfg.reference)})
     seconds, costs = tables.seconds_of(work.out / "times.jsonl"), {}

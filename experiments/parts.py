@@ -8,8 +8,8 @@ Prompts      the pictures of a puppet set once more, grouped by what a prompt wo
   python experiments/parts.py market=data/market1501 poses=data/lspet/train.json out=runs/parts
 
 Outputs  in `out`, for what is given: market/ (folders in Market naming, links to the pictures),
-         attributes_train.csv, attributes_val.csv, poses/train.json and val.json,
-         prompts/annotations.json. Pictures are linked to, never copied.
+         attributes_train.csv, attributes_val.csv, people/train.json, poses/train.json and
+         val.json, prompts/annotations.json. Pictures are linked to, never copied.
 """
 
 import sys
@@ -33,6 +33,7 @@ KEYS = dict(
     out=Key("runs/parts", "folder of the parts"),
     market=Key(None, "a Market root, of which bounding_box_train is divided by people"),
     attributes=Key(None, "CSV of attributes of these pictures, divided by the same people"),
+    people=Key(None, "COCO JSON of bounding_box_train; what is left without those people"),
     poses=Key(None, "COCO JSON, divided by pictures"),
     prompts=Key(None, "annotations.json of a puppet set, grouped anew"),
     share=Key(0.25, "share of people, or of pictures, for validation", low=0.01, high=0.9),
@@ -48,8 +49,8 @@ def main():
     given = [name for name in ("market", "poses", "prompts") if getattr(cfg, name)]
     if not given:
         raise UserError("nothing to divide; give market=, poses= or prompts=")
-    if cfg.attributes and not cfg.market:
-        raise UserError("attributes= is divided by the people of market=; give both")
+    if (cfg.attributes or cfg.people) and not cfg.market:
+        raise UserError("attributes= and people= are divided by the people of market=; give it too")
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     rng, out, said = common.rng_of(common.WEIGHTS, cfg.seed), Path(cfg.out), []
@@ -86,9 +87,16 @@ def divide_market(cfg, out, rng):
             folder = "query" if several and (person, camera) not in seen else "bounding_box_test"
             seen.add((person, camera))
         link(people.path(row), out / "market" / folder / people.files[row].decode())
+    names = {people.files[row].decode() for row in np.flatnonzero(np.isin(people.ids, held))}
     if cfg.attributes:
-        names = {people.files[row].decode() for row in np.flatnonzero(np.isin(people.ids, held))}
         divide_csv(cfg.attributes, out, names)
+    if cfg.people:
+        document = read_json(cfg.people)
+        rest = [i["id"] for i in document["images"] if Path(i["file_name"]).name not in names]
+        if len(document["images"]) - len(rest) < len(names):
+            raise UserError(f"people={cfg.people} lacks people of market={cfg.market}")
+        link_pictures(cfg.people, out / "people")
+        write_part(out / "people/train.json", document, set(rest))
     return f"{len(real) - len(held)} people to train on, {len(held)} to validate on"
 
 
@@ -110,12 +118,16 @@ def divide_poses(cfg, out, rng):
     images = [image["id"] for image in document["images"]]
     held = set(rng.permutation(images)[: max(1, round(len(images) * cfg.share))].tolist())
     link_pictures(cfg.poses, out / "poses")
-    for part, wanted in (("train", False), ("val", True)):
-        chosen = {}
-        for name, key in (("images", "id"), ("annotations", "image_id")):
-            chosen[name] = [row for row in document[name] if (row[key] in held) == wanted]
-        common.write_json(out / "poses" / f"{part}.json", document | chosen, indent=None)
+    write_part(out / "poses/train.json", document, set(images) - held)
+    write_part(out / "poses/val.json", document, held)
     return f"{len(images) - len(held)} pictures with poses to train on, {len(held)} to validate on"
+
+
+def write_part(path, document, kept):
+    """A COCO document with the pictures of these ids alone."""
+    chosen = {"images": [row for row in document["images"] if row["id"] in kept]}
+    chosen["annotations"] = [row for row in document["annotations"] if row["image_id"] in kept]
+    common.write_json(path, document | chosen, indent=None)
 
 
 def group_by_prompt(cfg, out, rng):

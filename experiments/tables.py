@@ -60,14 +60,15 @@ def figures_of(folder):
 def cost_of(folder):
     """A finished pre-training → pictures seen, views of them, parameters of its encoder.
 
-    Views are maskings in pretrain.py and whole crops in the neighbouring methods; their small crops
-    count by their area.
+    Views are maskings in pretrain.py and whole crops in the neighbouring methods, of which SOLIDER
+    and LiftedCL take two; small crops count by their area.
     """
     rows, config = read_run(folder)
     pictures = rows[-1]["step"] * int(config["batch"])
     with safe_open(regular(Path(folder) / "encoder.safetensors"), "pt") as file:
         sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]
-    views = config.get("views", 1 if "pictures_per_caption" in config else 2)
+    script = read_json(Path(folder) / "run.json")[0]["command"].split()[0]
+    views = config.get("views", 2 if Path(script).stem in ("solider", "liftedcl") else 1)
     if config.get("local_crops"):
         small = config["local_height"] * config["local_width"]
         views += config["local_crops"] * small / (config["height"] * config["width"])

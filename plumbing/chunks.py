@@ -10,6 +10,7 @@ then a row per picture or skipped pose. A unit's pictures depend on (seed, unit)
 the stage's config.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -25,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from plumbing.errors import UserError, reading
-from plumbing.files import read_json, regular, write_atomic
+from plumbing.files import read_json, regular, write_atomic, write_json
 from plumbing.pictures import picture_fault
 from plumbing.process import end_with_main
 from plumbing.runs import finish_run
@@ -171,6 +172,24 @@ class Chunks(Dataset):
         for number in missing:
             self.path(number).unlink(missing_ok=True)
         return missing
+
+
+def check_same_list(source, names, out, ranks):
+    """UserError where the units' `names` are not those of the run's first start: its records number
+    them, so that another list would mix them up."""
+    file = out / ".parts/list.json"
+    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
+    now = dict(length=len(names), sha256=digest)
+    if file.exists():
+        began = read_json(file)
+        if began != now:
+            raise UserError(
+                f"{source} lists {len(names)} pictures, not the {began['length']} with which this "
+                "run began; restore them, or choose another out="
+            )
+    elif ranks.rank == 0:
+        file.parent.mkdir(exist_ok=True)
+        write_json(file, now)
 
 
 class Progress:

@@ -23,21 +23,29 @@ warnings.filterwarnings("ignore", module="PIL")
 
 
 def picture_names(folder, below=False):
-    """Sorted names of the picture files in a folder (below: and its folders, or of those in the tar
-    files there, where no picture lies loose); UserError where there are none."""
+    """Sorted names of the picture files in a folder (below: and in its folders and tar files);
+    UserError where there are none."""
     if not Path(folder).is_dir():
         raise UserError(f"no folder {folder}; check the keys that name folders")
     paths = Path(folder).rglob("*") if below else Path(folder).iterdir()
-    names = sorted(str(path.relative_to(folder)) for path in paths)
+    names = [str(path.relative_to(folder)) for path in paths]
     shards = [name for name in names if name.endswith(".tar") and (Path(folder) / name).is_file()]
     names = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
-    # Beside loose pictures, a tar is often the download that held them: they would count twice.
-    for tar in shards if below and not names else ():
-        inside = tars.member_names(os.path.join(folder, tar))
-        names += [f"{tar}/{name}" for name in inside if Path(name).suffix.lower() in SUFFIXES]
+    # With loose pictures beside or below it, a tar is often the download that held them: they would
+    # count twice.
+    loose = {parent for name in names for parent in Path(name).parents}
+    for tar in shards if below else ():
+        if Path(tar).parent not in loose:
+            inside = tars.member_names(os.path.join(folder, tar))
+            names += [f"{tar}/{name}" for name in inside if is_picture(name)]
     if not names:
         raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
-    return names
+    return sorted(names)
+
+
+def is_picture(name):
+    """Is a file in a tar a picture to read? A set's maps of body parts lie beside its pictures."""
+    return Path(name).suffix.lower() in SUFFIXES and not name.endswith(".parts.png")
 
 
 def pictures_at(path):

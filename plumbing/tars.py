@@ -54,8 +54,11 @@ def read(tar, name):
 
 
 def member_names(tar):
-    """Sorted names of the regular files in a tar."""
-    return [os.fsdecode(name) for name in members(tar).names.tolist()]
+    """Sorted names of the regular files in a tar; UserError where some may be missing."""
+    found = members(tar)
+    if found.fault:
+        raise UserError(f"{tar} is {found.fault}; copy or make it again")
+    return [os.fsdecode(name) for name in found.names.tolist()]
 
 
 def stored(name):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
+import annotate
+import plumbing.chunks
 from formats.coco import read_image_captions, read_people
 from formats.people import Limits
 from plumbing.errors import UserError
@@ -190,6 +193,43 @@ def test_a_list_and_a_limit(models, photographs, tmp_path, monkeypatch):
     run(monkeypatch, arguments(models, photographs, tmp_path / "c", limit=3))
     assert len(read_json(tmp_path / "c/annotations.json")["images"]) == 3
     assert not (tmp_path / "b").exists()
+
+
+def test_a_list_that_changed_is_refused_and_small_crops_are_left_out(
+    models, photographs, tmp_path, monkeypatch
+):
+    folder = shutil.copytree(photographs, tmp_path / "pictures")
+    argv = arguments(models, folder, tmp_path / "a")
+    with monkeypatch.context() as patch:  # stopped after its first record
+        patch.setattr(plumbing.chunks.Progress, "add", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(patch, argv)
+    Image.new("RGB", (40, 80)).save(folder / "0_new.jpg")
+    with pytest.raises(UserError, match=f"{len(SIZES) + 1} pictures, not the {len(SIZES)}"):
+        run(monkeypatch, argv)
+    (folder / "0_new.jpg").unlink()
+    run(monkeypatch, argv)
+    assert len(read_json(tmp_path / "a/annotations.json")["images"]) == len(SIZES)
+
+    sides = sorted(min(size) for size in SIZES)
+    run(monkeypatch, arguments(models, folder, tmp_path / "b", min_side=sides[-1]))
+    kept = read_json(tmp_path / "b/annotations.json")["images"]
+    assert len(kept) == sides.count(sides[-1]) < len(SIZES)
+
+
+def test_no_more_than_two_batches_are_loaded(models, photographs, tmp_path, monkeypatch):
+    loaded, seen = [], []
+    one, many = annotate.read_picture, annotate.annotate_batch
+    monkeypatch.setattr(annotate, "read_picture", lambda *a: loaded.append(a) or one(*a))
+
+    def slow(*args):
+        time.sleep(0.3)  # time for loaders that would not wait
+        seen.append(len(loaded))
+        return many(*args)
+
+    monkeypatch.setattr(annotate, "annotate_batch", slow)
+    run(monkeypatch, arguments(models, photographs, tmp_path / "a", batch=1, chunk=len(SIZES)))
+    assert seen[:-1] == list(range(2, len(SIZES) + 1)) and seen[-1] == len(SIZES)
 
 
 FILES = ("annotations.json", "captions.json", "sheet.png")

@@ -10,6 +10,7 @@ import shlex
 import signal
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,15 +80,20 @@ def test_the_rate_is_the_best_on_all_validation_tasks_together(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more, views",
+    "script, more, views",
     [
-        ("views: 1", 20),
-        ("views: 2", 40),
-        ("local_crops: 4\nlocal_height: 32\nlocal_width: 16", 60),  # 2 whole crops, 4 quarters
-        ("pictures_per_caption: 4\nlocal_crops: 2\nlocal_height: 32\nlocal_width: 16", 30),
+        ("pretrain", "views: 1", 20),
+        ("pretrain", "views: 2", 40),
+        ("baselines/gcl", "", 20),
+        ("baselines/vicreg", "", 20),
+        ("baselines/liftedcl", "", 40),
+        # Two whole crops and four quarters; one and two.
+        ("baselines/solider", "local_crops: 4\nlocal_height: 32\nlocal_width: 16", 60),
+        ("baselines/synclr", "local_crops: 2\nlocal_height: 32\nlocal_width: 16", 30),
     ],
 )
-def test_small_crops_count_by_their_area(more, views, tmp_path):
+def test_small_crops_count_by_their_area(script, more, views, tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps([{"command": f"{script}.py --cfg x.yaml"}]))
     (tmp_path / "config.yaml").write_text(f"batch: 10\nheight: 64\nwidth: 32\n{more}\n")
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "encoder.safetensors")
@@ -159,7 +165,11 @@ def test_parts_hold_other_people_and_prompts_the_same_words(tmp_path):
         row["attributes"] = {"female": i % 2, "up_red": int(i < 20), "hat": i % 3}
     people.write_text(json.dumps(document))
     words = [f"market={root}", f"attributes={tmp_path}/attributes.csv", f"poses={people}"]
-    words += [f"prompts={people}", "group=3", f"out={tmp_path}/parts"]
+    names = [line.split("/")[-1].split(",")[0] for line in lines[1:]]
+    images = [dict(id=i, file_name=f"bounding_box_train/{name}") for i, name in enumerate(names)]
+    document = dict(images=images, annotations=[dict(image_id=i) for i in range(len(names))])
+    (root / "people.json").write_text(json.dumps(document))
+    words += [f"prompts={people}", "group=3", f"people={root}/people.json", f"out={tmp_path}/parts"]
     done = run_script("experiments/parts.py", *words)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "parts"
@@ -172,6 +182,11 @@ def test_parts_hold_other_people_and_prompts_the_same_words(tmp_path):
             head, *rows = csv.reader(file)
         assert head == ["image", "hat"]
         assert {int(row[0].rsplit("/", 1)[1][:4]) for row in rows} == set(ids.tolist())
+    left = json.loads((out / "people/train.json").read_text())
+    assert len(left["images"]) == len(left["annotations"]) == 24
+    for image in left["images"]:
+        assert int(Path(image["file_name"]).name[:4]) in set(train.ids.tolist())
+        assert (out / "people/images" / image["file_name"]).exists()
     both = [read_people(out / "poses" / f"{part}.json")[0] for part in ("train", "val")]
     assert [len(p.files) for p in both] == [24, 8]
     assert not set(both[0].files.tolist()) & set(both[1].files.tolist())
@@ -197,7 +212,8 @@ def test_a_comparison_is_killed_goes_on_and_names_what_failed(tmp_path, monkeypa
     probe = f"experiments/probe.py encoders={{encoder}} size=tiny height=64 width=32 poses={held}"
     lines = ["methods:", "  - scratch", f"  - GenPoCCL | pretrain.py {small} epochs=20"]
     lines += [f"  - broken | pretrain.py {small} epochs=1 annotations={tmp_path}/nothing.json"]
-    lines += ["tasks:", f"  - puppet | probe | {probe} workers=0 patch=8 | oks_cls_held"]
+    metrics = "oks_cls_held oks_cls_hold"  # the second is a slip of the pen
+    lines += ["tasks:", f"  - puppet | probe | {probe} workers=0 patch=8 | {metrics}"]
     config, out = tmp_path / "compare.yaml", tmp_path / "out"
     config.write_text("\n".join(lines) + "\n")
     words = ["--cfg", config, f"out={out}", "seeds=0", "jobs=2"]
@@ -217,7 +233,9 @@ def test_a_comparison_is_killed_goes_on_and_names_what_failed(tmp_path, monkeypa
     said = (out / "methods/GenPoCCL/one_rate/seed_0.log").read_text()
     assert "continues after step" in said  # of the killed cell, by the script itself
     table = json.loads((out / "table.json").read_text())
-    (column,) = table["columns"]
+    column, misnamed = table["columns"]
+    assert not misnamed["rows"]
+    assert "no cell has a figure oks_cls_hold; there are" in table["failed"]["tasks/probe"]
     assert set(column["rows"]) == {"scratch", "GenPoCCL"}
     assert "nothing.json" in table["failed"]["methods/broken/one_rate/seed_0"]
     assert "its encoder is missing" in table["failed"]["tasks/probe/broken/one_rate/seed_0"]

@@ -6,6 +6,7 @@ import math
 import re
 import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +86,29 @@ def test_the_example_runs_resumes_and_is_the_same_on_two_ranks(poses, tmp_path):
     for ours, theirs in zip(rows_of(folders["ranks"])[:3], log):
         for name in ("loss", "invariance", "variance", "covariance", "grad_norm"):
             assert math.isclose(ours[name], theirs[name], rel_tol=2e-3), (name, ours, theirs)
+
+
+def test_it_starts_from_an_encoder(poses, tmp_path, monkeypatch):
+    words = [f"annotations={poses}", *SMALL.split()]
+    run_script("baselines/vicreg.py", *words, "epochs=1", f"out={tmp_path}/first")
+    encoder = tmp_path / "first/encoder.safetensors"
+    more = [*words, "epochs=1", "blr=0", f"init={encoder}", f"out={tmp_path}/second"]
+    done = run_script("baselines/vicreg.py", *more)
+    assert "start from" in done.stdout, done.stderr
+    ours, theirs = (load_encoder(tmp_path / name / encoder.name) for name in ("first", "second"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters()))
+
+
+def test_pictures_without_a_pose_are_refused(poses, tmp_path, monkeypatch):
+    document = json.loads(Path(poses).read_text())
+    for row in document["annotations"][:3]:
+        row["pose_id"] = -1
+    mixed = Path(poses).parent / "mixed.json"
+    mixed.write_text(json.dumps(document))
+    given = [f"annotations={mixed}", *SMALL.split(), f"out={tmp_path}/no"]
+    monkeypatch.setattr(sys, "argv", ["vicreg.py", *given])
+    with pytest.raises(UserError, match="pictures without a pose group"):
+        vicreg.main()
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def test_labels_on_a_device_wait_for_nothing_and_survive_odd_maps():
         labels, kept = part_labels(tokens, (6, 2))
         assert ((labels >= 0) & (labels <= 3)).all() and (kept.any() or not labels.any())
     assert not part_labels(one, (6, 2))[1].any()
+    part_labels(torch.full((1, 12, 4), torch.nan), (6, 2))  # the loss will say so
 
 
 # --------------------------------------------------------------------------------- losses, the step

@@ -146,8 +146,24 @@ def test_a_folder_of_tars_is_read_and_a_download_beside_its_pictures_is_not(own)
     (own.parent / "list.txt").write_text("images/a.tar/003.jpg\n")
     folder, names = annotate.listed_pictures(own.parent / "list.txt")
     assert annotate.read_picture(folder, names[0]).size == (32, 64)
+    Image.new("RGB", (8, 8)).save(own.parent / "sheet.png")  # of a run folder: as with loose files
+    assert pictures.pictures_at(own.parent)[1][-1] == "sheet.png"
+    assert len(pictures.pictures_at(own.parent)[1]) == 13
     Image.new("RGB", (8, 8)).save(images / "loose.png")
     assert read_people(images)[0].files.tolist() == [b"loose.png"]
+
+
+def test_maps_of_parts_in_a_tar_are_no_pictures(own):
+    with tarfile.open(own.parent / "images/a.tar", "a") as tar:
+        tar.add(own, "000.parts.png")
+    people, _ = read_people(own.parent / "images")
+    assert people.files.tolist() == [f"a.tar/{i:03d}.jpg".encode() for i in range(12)]
+
+
+def test_a_folder_with_a_cut_tar_is_refused(own):
+    cut(own.parent / "images/a.tar")
+    with pytest.raises(UserError, match=r"a\.tar is cut off or damaged at byte"):
+        pictures.pictures_at(own.parent / "images")
 
 
 def test_lists_of_attributes_and_captions_name_pictures_in_tars(own):
