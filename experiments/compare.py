@@ -13,9 +13,10 @@ Outputs  in `out`: table.md, table.json, table.png; below it a run folder for ev
          the cell printed beside it (FOLDER.log); times.jsonl.
 
 A cell that is done is not repeated, one that was killed goes on where it was: the same command goes
-on. A cell that fails is named and not counted; so are the cells that need it. {lr} runs over
-`rates` with the first seed; a method's rate is the best by the mean of the `select` metrics, and
-never by what is reported. A method whose command has no {lr} has nothing to choose.
+on. Seeds come one after the other, and the tables are written after each. A cell that fails is
+named and not counted; so are the cells that need it. {lr} runs over `rates` with the first seed; a
+method's rate is the best by the mean of the `select` metrics, and never by what is reported. A
+method whose command has no {lr} has nothing to choose.
 """
 
 import sys
@@ -96,12 +97,12 @@ def main():
         trials = [(m, lr) for m in methods for lr in tried[m.name] if len(tried[m.name]) > 1]
         work.run(work.selecting(row, m, lr) for m, lr in trials for row in select)
         rates = {m.name: choose(work, m, tried[m.name], select) for m in methods}
-        work.run(work.training(m, rates[m.name]["rate"], s) for s in cfg.seeds[1:] for m in methods)
-        work.run(
-            work.reporting(row, m, rates[m.name]["rate"], seed)
-            for seed in cfg.seeds for m in methods for row in tasks
-        )  # fmt: skip
-    report(cfg, work, methods, tasks, rates)
+        for seed in cfg.seeds:
+            if seed != first:
+                work.run(work.training(m, rates[m.name]["rate"], seed) for m in methods)
+            cells = [(row, m, rates[m.name]["rate"]) for m in methods for row in tasks]
+            work.run(work.reporting(*cell, seed) for cell in cells)
+            report(cfg, work, methods, tasks, rates)
 
 
 # ----------------------------------------------------------------------------------------- the rows

@@ -255,6 +255,18 @@ def test_a_comparison_is_killed_goes_on_and_names_what_failed(tmp_path, monkeypa
     config.write_text("\n".join(line for line in lines if "broken" not in line) + "\n")
     compare.main()
     assert (out / "times.jsonl").read_text() == before
+
+    # The tables are written after each seed.
+    seen, report = [], compare.report
+    words += ["seeds=0,1", "methods=scratch", "reference=scratch"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *map(str, words)])
+    with monkeypatch.context() as patch:
+        cell = out / "tasks/probe/scratch/one_rate/seed_1/done"
+        patch.setattr(compare, "report", lambda *a: seen.append(cell.exists()) or report(*a))
+        compare.main()
+    assert seen == [False, True]
+    assert list(json.loads((out / "table.json").read_text())["columns"][0]["rows"]) == ["scratch"]
+    monkeypatch.setattr(sys, "argv", sys.argv[:-3])
     config.write_text(config.read_text().replace("epochs=20", "epochs=21"))
     with pytest.raises(UserError, match="was started by another command"):
         compare.main()
