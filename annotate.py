@@ -37,7 +37,7 @@ from formats.prompts import filled_in
 from plumbing.chunks import (
     Chunks,
     Progress,
-    check_same_list,
+    check_same_inputs,
     is_finished,
     mark_done,
     person_row,
@@ -88,7 +88,8 @@ def main():
     models = Models(cfg, ranks.device)
     if is_finished(common.open_run(cfg, KEYS, ranks), out, ranks):
         return
-    check_same_list(cfg.pictures, names, out, ranks)
+    listed = "\n".join(names).encode(errors="surrogateescape")
+    check_same_inputs(out, {f"the list of {cfg.pictures}": listed}, ranks)
 
     def annotate(numbers):
         rows, parts = [], list(batches(numbers, cfg.batch))

@@ -45,7 +45,7 @@ from plumbing.files import (
 from plumbing.gradient_cache import backward_in_parts
 from plumbing.loading import EpochBatches, StepSampler, training_loader
 from plumbing.process import check_memory, check_restarts, end_with_parent, lock
-from plumbing.runs import earlier_run, finish_run, look_into, record_end, record_start
+from plumbing.runs import earlier_run, finish_run, look_into, record_end, record_start, same_data
 from plumbing.seeds import (
     DROP_PATH,
     MASK,
@@ -284,6 +284,7 @@ class StepLog:
             self.file = open_log(Path(cfg.out) / "log.jsonl", first)
             about = dict(total=total, initial=first, desc=Path(sys.argv[0]).stem, unit="step")
             self.bar = tqdm(**about, dynamic_ncols=True, mininterval=1.0)
+            same_data(cfg.out, dataset, batches.steps_per_epoch, first)
         if first:
             self.say(f"continues after step {first} of {total}")
         self.signals = {}

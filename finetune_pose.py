@@ -88,7 +88,7 @@ KEYS = dict(
     warmup_steps=Key(500, "linear warm-up", "[ViTPose]", low=0),
     # evaluation
     flip_test=Key(True, "average with the mirrored picture's heat maps", "[ViTPose]"),
-    nms=Key(0.9, "OKS from which a pose of a picture is a duplicate; only with `boxes`", "[HRNet]",
+    nms=Key(0.9, "OKS from which a pose of a picture is a duplicate of a better one", "[HRNet]",
             low=0, high=1),
     eval_every=Key(0, "epochs between evaluations on the way (logged only); 0 = only at the end",
                    low=0, may_change=True),
@@ -290,11 +290,10 @@ class Validation:
     def results(self, found):
         """COCO keypoint results of poses (N, K, 3): score = box score × mean joint score.
 
-        With boxes= duplicates are removed.
+        Duplicates are removed, among poses in annotated boxes too [HRNet].
         """
-        score, keep = metrics.pose_score(self.box_score, found[..., 2]), range(len(found))
-        if self.cfg.boxes:
-            keep = metrics.without_duplicates(self.people, found, score, self.cfg)
+        score = metrics.pose_score(self.box_score, found[..., 2])
+        keep = metrics.without_duplicates(self.people, found, score, self.cfg)
         return readers.coco_results(self.people, found, score, keep)
 
     def figures(self, found):

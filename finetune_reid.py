@@ -225,8 +225,9 @@ def evaluate(cfg, model, query, gallery, ranks):
         torch.set_num_threads(max(threads, min(ranks.world * threads, os.cpu_count())))
         result |= evaluate_features(q, query.ids, query.cameras, g, gallery.ids, gallery.cameras)
         if cfg.rerank:
-            known = query.ids, query.cameras, gallery.ids, gallery.cameras
-            result["reranked"] = rank_chunks(reranked_chunks(q, g), *known)
+            real = gallery.ids != -1  # junk must not shape the neighbourhoods either
+            known = query.ids, query.cameras, gallery.ids[real], gallery.cameras[real]
+            result["reranked"] = rank_chunks(reranked_chunks(q, g[real]), *known)
         torch.set_num_threads(threads)
     common.barrier()
     return result

@@ -240,6 +240,8 @@ def build_model(cfg, split, device):
     m, about = take_settings(cfg, "finetune_t2i.py", "vocabulary", *own)
     encoder, sentence = build_encoder(cfg, reads_pose(cfg.token), cfg.drop_path, 0.2)
     if cfg.text == "bert":
+        if m and cfg.bert == KEYS["bert"].default:  # bert= wins: the folder may have moved
+            cfg.bert = m["bert"]
         text, kind = Bert(*read_bert(cfg.bert), device), f"frozen {cfg.bert}"
         if m and text.width != int(m["bert_width"]):
             wide = f"a BERT {m['bert_width']} wide; bert={cfg.bert} is {text.width}"
@@ -254,7 +256,7 @@ def build_model(cfg, split, device):
     if m:
         common.load_weights(model, common.load_checkpoint(cfg.weights), cfg.weights)
     meta = {name: getattr(cfg, name) for name in own} | dict(persons=persons)
-    meta |= dict(bert_width=text.width or 0, vocabulary=json.dumps(vocabulary))
+    meta |= dict(bert=cfg.bert, bert_width=text.width or 0, vocabulary=json.dumps(vocabulary))
     return model, text, meta_of(encoder) | meta, f"{about or sentence}; text: {kind}"
 
 

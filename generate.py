@@ -39,7 +39,16 @@ from drawing import skeletons
 from formats.coco import MIN_SCORE, Limits, read_people, write_people
 from formats.prompts import check_prompts, people_of_prompts, read_prompts
 from plumbing import diffusion
-from plumbing.chunks import Chunks, Progress, is_finished, mark_done, person_row, report, same_size
+from plumbing.chunks import (
+    Chunks,
+    Progress,
+    check_same_inputs,
+    is_finished,
+    mark_done,
+    person_row,
+    report,
+    same_size,
+)
 from plumbing.config import MACHINE, Key, read_config
 from tasks.audit import Auditor
 
@@ -68,7 +77,8 @@ KEYS = dict(
     captions=Key(None, "COCO captions JSON; one is drawn by seed", "[paper]; which [silent]"),
     prompt_template=Key(None, "prompt of pictures without caption; {a|b} draws one by seed"),
     prompt_file=Key(None, "text file, a prompt per line, one drawn by seed for such pictures"),
-    negative_prompt=Key("", "what the pictures should not show", "[silent]"),
+    negative_prompt=Key("", "what the pictures should not show",
+                        "[silent]; [T2I-Adapter]'s script has a list of flaws"),
     pictures_per_pose=Key(5, "K, pictures of each pose", "[paper, inferred]", low=1),
     poses=Key(0, "take the first so many; 0: all (the sampling puppet needs a number)", low=0),
     first_pose=Key(0, "number of the first sampled pose, or given ones to pass over", low=0),
@@ -130,6 +140,8 @@ def main():
         units, make = plan_painting(cfg, people, rows, prompts, ranks.device)
     if is_finished(common.open_run(asked, KEYS, ranks), out, ranks):
         return
+    files = [file for file in (cfg.annotations, cfg.captions, cfg.prompt_file) if file]
+    check_same_inputs(out, {file: Path(file).read_bytes() for file in files}, ranks)
 
     # Pictures, a chunk at a time, shared out to all ranks. What is there already stays.
     work = Chunks(cfg, units, make)

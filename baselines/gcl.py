@@ -146,7 +146,8 @@ def main():
         for_id.load_state_dict(state["for_id"])
     else:
         fit_batch_norm(cfg, model.e_id, train, ranks.device)
-    log = common.StepLog(cfg, ranks, dataset, SimpleNamespace(size=cfg.batch), first, total)
+    batches = SimpleNamespace(size=cfg.batch, steps_per_epoch=S)
+    log = common.StepLog(cfg, ranks, dataset, batches, first, total)
     log.say(f"{about}; {left_out} training pictures without a guide left out; {sentence}; {S} "
             f"steps an epoch, E_id frozen for the first {cfg.frozen_epochs * S}")  # fmt: skip
 

@@ -60,7 +60,7 @@ def main():
         said.append(divide_poses(cfg, out, rng))
     if cfg.prompts:
         said.append(group_by_prompt(cfg, out, rng))
-    (out / "done").touch()
+    common.finish_run(out)
     print(f"{cfg.out}: {'; '.join(said)}")
 
 

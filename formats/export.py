@@ -71,6 +71,9 @@ def main():
     if out.exists():
         raise UserError(f"{out} exists; choose another out=")
     vit, about = read_encoder(cfg, cfg.weights)
+    if vit.semantic_weight is not None and cfg.to != "ours":
+        what = f"{cfg.weights} has SOLIDER's controllers"
+        raise UserError(f"{what}, which to={cfg.to} cannot hold; take to=ours")
     meta = meta_of(vit) | {"training": encoder_meta(cfg.weights).get("training", "")}
     files = {"timm": timm_files, "transformers": transformers_files, "ours": our_files}[cfg.to](vit)
     # Two entries, in an order that changes from file to file; transformers asks for the first one.

@@ -12,9 +12,10 @@ import numpy as np
 from formats.coco import read_people
 from formats.joints import flip_ids
 from formats.mpii import read_mpii, read_mpii_heads
-from formats.people import MIN_SCORE, Limits, people_at, read_folder
+from formats.people import MIN_SCORE, Limits, leave_out, people_at, read_folder
 from plumbing.errors import UserError, and_more, reading
 from plumbing.files import read_json, regular
+from plumbing.pictures import find_bad_pictures
 
 CROWDPOSE_JOINTS = (
     "left_shoulder right_shoulder left_elbow right_elbow left_wrist right_wrist left_hip right_hip "
@@ -169,7 +170,12 @@ def read_own(path, joints, skeleton, limits):
     for file, size, number in zip(people.files, people.size.tolist(), people.image_id):
         named[file.decode()] = (file.decode(), tuple(size), int(number))
     stems = {name: Path(name).stem for name in named}
-    numbers = {int(stems[name]): entry for name, entry in named.items() if stems[name].isdecimal()}
+    by_number = {}
+    for name, entry in named.items():
+        if stems[name].isdecimal():
+            by_number.setdefault(int(stems[name]), []).append(entry)
+    # A number that two pictures share names neither.
+    numbers = {number: entries[0] for number, entries in by_number.items() if len(entries) == 1}
     return people, numbers | named
 
 
@@ -232,7 +238,17 @@ def read_boxes(path, pictures, people, limits):
     sizes, ids = np.array(sizes, np.int32), np.array(ids, np.int64)
     found = found._replace(size=sizes, image_id=ids, area=found.area * BOX_AREA)
     found = found._replace(category=people.category)
+    scores = np.array(scores, np.float64)
+    # Pictures of people were looked at with these; detections lie on others too.
+    others = np.unique(found.files[~np.isin(found.files, people.files)])
+    if limits.check_pictures and len(others):
+        bad = find_bad_pictures(found.folder, others)
+        known_bad = sum(pictures[key] is None for key in pictures if isinstance(key, str))
+        whole = ~np.isin(found.files, [name.encode() for name, _ in bad])
+        rest = limits._replace(max_bad=limits.max_bad - known_bad)
+        found, scores = leave_out(found, bad, path, rest), scores[whole]
+        on_bad += int((~whole).sum())
     left_out = [("on left-out pictures", on_bad), ("left out as no box", len(wrong))]
     clause = ", ".join(f"{what}: {n}" for what, n in left_out if n)
-    about = f"{len(boxes)} boxes" + (f" ({clause})" if clause else "")
-    return found, np.array(scores, np.float64), about
+    about = f"{len(scores)} boxes" + (f" ({clause})" if clause else "")
+    return found, scores, about

@@ -217,8 +217,11 @@ def build_encoder(cfg, reads_pose, drop_path=0.0, semantic_weight=0.8):
     state = None if path is None else load_checkpoint(path)
     pose_token = cfg.pose_token and (path is None or reads_pose)
     with reading(path, "ViT weights"):
-        if any(re.match(REGISTER, name) for name in tensors_of(state)):
-            pose_token = True
+        names = list(tensors_of(state))
+    if any(re.match(REGISTER, name) for name in names):
+        pose_token = True
+    if "semantic_weight" in meta and not any(".controller." in name for name in names):
+        raise UserError(f"{path} says that it has controllers, but holds none of their weights")
     if meta:
         size, patch = meta["size"], int(meta["patch_size"])
         pose_token = meta["pose_token"] == "True"
@@ -258,6 +261,7 @@ def read_encoder(cfg, path):
     meta = encoder_meta(path)
     if meta:
         settings.height, settings.width = int(meta["height"]), int(meta["width_px"])
+        settings.semantic_weight = float(meta.get("semantic_weight", -1))
     encoder, about = build_encoder(settings, reads_pose=False)
     return encoder.eval(), f"{about}; pictures of {settings.height} × {settings.width} px"
 

@@ -174,19 +174,17 @@ class Chunks(Dataset):
         return missing
 
 
-def check_same_list(source, names, out, ranks):
-    """UserError where the units' `names` are not those of the run's first start: its records number
-    them, so that another list would mix them up."""
-    file = out / ".parts/list.json"
-    digest = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest()
-    now = dict(length=len(names), sha256=digest)
+def check_same_inputs(out, inputs, ranks):
+    """UserError where an input is not that of the run's first start: records number its units, so
+    that another list would mix them up. inputs: {its name: its content, bytes}."""
+    file = out / ".parts/inputs.json"
+    now = {str(name): hashlib.sha256(content).hexdigest() for name, content in inputs.items()}
     if file.exists():
         began = read_json(file)
-        if began != now:
-            raise UserError(
-                f"{source} lists {len(names)} pictures, not the {began['length']} with which this "
-                "run began; restore them, or choose another out="
-            )
+        changed = [name for name in now if now[name] != began.get(name)]
+        if changed:
+            what = f"{changed[0]} is not what it was when this run began"
+            raise UserError(f"{what}; restore it, or choose another out=")
     elif ranks.rank == 0:
         file.parent.mkdir(exist_ok=True)
         write_json(file, now)

@@ -102,12 +102,15 @@ def sampler(name, config):
     """The sampler `name` for a model whose own scheduler has this config.
 
     The spacing is stated: a folder saved by a newer diffusers names the spacing of its own
-    scheduler, and with DDIM's, 20 steps of dpm++ end five times as far from the exact picture.
+    scheduler, and with DDIM's, 20 steps of dpm++ end five times as far from the exact picture. Also
+    stated is what only Stable Diffusion's own folders say: latents are not clipped, and PNDM begins
+    without Runge-Kutta steps.
     """
     import diffusers
 
     kind, spacing = SAMPLERS[name]
-    return getattr(diffusers, kind).from_config(config, timestep_spacing=spacing)
+    stated = dict(timestep_spacing=spacing, clip_sample=False, skip_prk_steps=True)
+    return getattr(diffusers, kind).from_config(config, **stated)
 
 
 def painted_size(size, resolution):

@@ -5,6 +5,7 @@ run.json is a record for people. Nothing reads it back to compute, and a run goe
 """
 
 import contextlib
+import hashlib
 import os
 import platform
 import shlex
@@ -15,6 +16,7 @@ from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from plumbing.config import read_yaml
@@ -32,7 +34,8 @@ def look_into(cfg, keys):
         raise UserError("out= is empty; name a run folder")
     out = Path(cfg.out)
     if (out / "config.yaml").exists():
-        differs = differences(read_yaml(out / "config.yaml"), cfg, keys)
+        # It is this folder, however out= spells it, and wherever it was moved.
+        differs = differences(read_yaml(out / "config.yaml"), cfg, keys, free=("out",))
         if differs:
             what = "; ".join(differs)
             raise UserError(f"{out} holds a run with another config ({what}); choose another out=")
@@ -49,6 +52,25 @@ def differences(old, cfg, keys, free=()):
         for name, key in keys.items()
         if not key.may_change and name not in free and old.get(name) != getattr(cfg, name)
     ]
+
+
+def same_data(out, dataset, steps_per_epoch, first):
+    """Keep in data.json what a run's steps are counted on; UserError for a run that goes on after
+    step `first` on other data: its batches would be others. Looked at: the number of samples, and
+    all arrays (names, boxes, labels, …) of the dataset's `people` or `split`."""
+    digest, lists = hashlib.sha256(), getattr(dataset, "people", None) or dataset.split
+    for one in lists if type(lists) is list else [lists]:
+        for value in vars(one).values() if hasattr(one, "__dict__") else one:
+            if isinstance(value, np.ndarray):
+                digest.update(np.ascontiguousarray(value))
+    path, now = Path(out) / "data.json", dict(samples=len(dataset), steps_per_epoch=steps_per_epoch)
+    now["sha256"] = digest.hexdigest()
+    if not first or not path.exists():
+        write_json(path, now)
+    elif (began := read_json(path)) != now:
+        was, is_now = (", ".join(f"{k} {str(v)[:8]}" for k, v in d.items()) for d in (began, now))
+        what = f"{out} began on other data ({was}; now {is_now})"
+        raise UserError(f"{what}; give it back, or choose another out=")
 
 
 # ----------------------------------------------------------------------------------- a longer run
@@ -103,14 +125,14 @@ def record_start(out, ranks):
         entry |= {"system": platform.platform(), "device": device_name(ranks.device)}
         entry |= {"ranks": ranks.world, "threads": torch.get_num_threads()}
         entries.append({name: value for name, value in entry.items() if value is not None})
-        records[str(out)] = entries, time.monotonic()
+        records[str(Path(out))] = entries, time.monotonic()
         write_json(Path(out) / "run.json", entries)
 
 
 def record_end(out, how):
     """How this start ended: "finished" or "stopped". One that was killed says nothing."""
-    if str(out) in records:
-        entries, begin = records.pop(str(out))
+    if str(Path(out)) in records:
+        entries, begin = records.pop(str(Path(out)))
         seconds = round(time.monotonic() - begin, 1)
         entries[-1] |= {"ended": this_moment(), "seconds": seconds, "how": how}
         with spared(out):

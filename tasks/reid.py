@@ -75,6 +75,9 @@ class AugmentedPictures(Dataset):
         self.people, self.size, self.pad, self.erase, self.seed = people, size, pad, erase, seed
         self.labels = np.unique(people.ids, return_inverse=True)[1]
 
+    def __len__(self):
+        return len(self.people.files)
+
     def name(self, index):
         return self.people.path(index)
 

@@ -116,6 +116,9 @@ class Pairs(Dataset):
         picture = self.augment(picture_of(self.split.files[row], self.size)).contiguous()
         return picture, self.tokens[index], int(self.split.ids[row]), index
 
+    def __len__(self):
+        return len(self.split.picture)
+
     def name(self, index):
         return self.split.files[self.split.picture[index]]
 

@@ -205,7 +205,9 @@ def test_a_list_that_changed_is_refused_and_small_crops_are_left_out(
         with pytest.raises(ZeroDivisionError):
             run(patch, argv)
     Image.new("RGB", (40, 80)).save(folder / "0_new.jpg")
-    with pytest.raises(UserError, match=f"{len(SIZES) + 1} pictures, not the {len(SIZES)}"):
+    with pytest.raises(
+        UserError, match="the list of .*pictures is not what it was when this run began"
+    ):
         run(monkeypatch, argv)
     (folder / "0_new.jpg").unlink()
     run(monkeypatch, argv)

@@ -19,7 +19,7 @@ from transformers import DeiTConfig, DeiTModel, ViTMAEConfig, ViTMAEForPreTraini
 import pretrain
 from formats import export
 from formats.weights import load_pretrained, meta_of, read_encoder, training_of
-from model import EPS, IMAGENET_MEAN, IMAGENET_STD, ViT
+from model import EPS, IMAGENET_MEAN, IMAGENET_STD, ViT, load_encoder
 from plumbing.config import read_config
 from plumbing.errors import UserError
 from plumbing.files import load_checkpoint, save_weights
@@ -183,6 +183,23 @@ def test_refusals(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     with pytest.raises(UserError, match="mine exists; choose another out="):
         run(monkeypatch, weights, f"out={tmp_path}/mine")
+    vit = ViT(192, 6, 3, (64, 32), 16, controller=True)
+    vit.semantic_weight = 0.2
+    save_weights(tmp_path / "solider.safetensors", vit, **meta_of(vit))
+    solider = f"weights={tmp_path}/solider.safetensors"
+    for to in ("timm", "transformers"):
+        with pytest.raises(UserError, match=f"SOLIDER's controllers, which to={to} cannot hold"):
+            run(monkeypatch, solider, f"to={to}", f"out={tmp_path}/new")
+    run(monkeypatch, solider, "to=ours", f"out={tmp_path}/kept")
+    again = load_encoder(tmp_path / "kept/encoder.safetensors")
+    images = torch.randn(2, 3, 64, 32)
+    assert again.semantic_weight == 0.2 and torch.equal(again(images), vit.eval()(images))
+    state = {k: v for k, v in vit.state_dict().items() if ".controller." not in k}
+    plain = ViT(192, 6, 3, (64, 32), 16)
+    plain.load_state_dict(state)
+    save_weights(tmp_path / "lost.safetensors", plain, **meta_of(vit))
+    with pytest.raises(UserError, match="says that it has controllers, but holds none"):
+        run(monkeypatch, f"weights={tmp_path}/lost.safetensors", "to=ours", f"out={tmp_path}/new")
     with pytest.raises(UserError, match="key to .* one of timm, transformers, ours"):
         run(monkeypatch, weights, "to=onnx")
     torch.save({"model": {"w": torch.zeros(2)}}, tmp_path / "w.pth")

@@ -207,6 +207,25 @@ def test_three_ranks_embed_each_picture_once(data, monkeypatch):
         np.testing.assert_allclose(np.concatenate(shares), whole, atol=1e-5)
 
 
+def test_junk_takes_no_part_in_re_ranking(data, monkeypatch):
+    _, query, gallery, _ = read_data(data)
+    rng = np.random.default_rng(0)
+    features = {id(query): rng.normal(size=(len(query.ids), 8)).astype(np.float32)}
+    features[id(gallery)] = rng.normal(size=(len(gallery.ids), 8)).astype(np.float32)
+    monkeypatch.setattr(finetune_reid, "embed", lambda c, m, split, r: features[id(split)])
+    cfg = finetune_reid.read_config(finetune_reid.KEYS, "", ["rerank=true"])
+    without = finetune_reid.evaluate(cfg, None, query, gallery, Ranks(0, 1, CPU))["reranked"]
+    copies = np.repeat(features[id(query)], 3, 0)  # parts of the searched people
+    n = len(copies)
+    more = gallery._replace(
+        ids=np.concatenate([gallery.ids, np.full(n, -1)]),
+        cameras=np.concatenate([gallery.cameras, np.resize(gallery.cameras, n)]),
+    )
+    features[id(more)] = np.concatenate([features[id(gallery)], copies])
+    result = finetune_reid.evaluate(cfg, None, query, more, Ranks(0, 1, CPU))
+    assert result["reranked"]["mAP"] == without["mAP"]
+
+
 def test_rank_0_ranks_with_the_threads_of_all(data, monkeypatch):
     """The other ranks wait; NCCL's would give up in the middle of a large gallery."""
     _, query, gallery, _ = read_data(data)
@@ -219,7 +238,7 @@ def test_rank_0_ranks_with_the_threads_of_all(data, monkeypatch):
 
         return ranked
 
-    monkeypatch.setattr(finetune_reid, "embed", lambda *arguments: None)
+    monkeypatch.setattr(finetune_reid, "embed", lambda c, m, split, r: split.ids)
     monkeypatch.setattr(finetune_reid, "evaluate_features", note("plain"))
     monkeypatch.setattr(finetune_reid, "rank_chunks", note("again"))
     monkeypatch.setattr(os, "cpu_count", lambda: 6)

@@ -38,6 +38,29 @@ def test_a_sampler_spreads_its_steps_the_same_whoever_saved_the_model(name, tmp_
     assert (steps[0][0] == 999) == (name in ("dpm++", "euler"))  # these begin at the noisiest step
 
 
+@pytest.mark.parametrize("name", diffusion.SAMPLERS)
+@pytest.mark.parametrize("saved_by", ["DEISMultistepScheduler", "EulerDiscreteScheduler"])
+def test_latents_are_not_clipped_whoever_saved_the_model(name, saved_by, capfd):
+    """A perfect noise prediction leads back to latents beyond ±1, as Stable Diffusion's are."""
+    import diffusers
+
+    config = getattr(diffusers, saved_by)(beta_schedule="scaled_linear").config
+    scheduler = diffusion.sampler(name, config)
+    scheduler.set_timesteps(20)
+    assert len(scheduler.timesteps) <= 21  # PNDM's first steps would be 29 evaluations
+    goal, noise = torch.tensor([3.0, -2.0, 0.5]), torch.tensor([0.3, 0.1, -1.2])
+    first = scheduler.timesteps[0].long().clamp(max=999)
+    x = scheduler.init_noise_sigma * noise
+    if name in ("ddim", "pndm"):
+        a = scheduler.alphas_cumprod[first]
+        x = a.sqrt() * goal + (1 - a).sqrt() * noise
+        for t in scheduler.timesteps:
+            a = scheduler.alphas_cumprod[t]
+            x = scheduler.step((x - a.sqrt() * goal) / (1 - a).sqrt(), t, x).prev_sample
+        assert (x - goal).abs().max() < 0.2, x
+    assert "not expected" not in capfd.readouterr().err
+
+
 def sources_of(cfg):
     people, rows, *_ = generate.read_poses(cfg)
     wanted = generate.rows_by_picture(people, rows)

@@ -3,14 +3,19 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_script
+from PIL import Image
 from pose_runs import MACHINE, QUICK, SMALL, mpii_list, mpii_mat, people_file, run, sets
 
+import finetune_pose
 import model
 from formats import keypoints as readers
 from formats.coco import Limits
+from formats.joints import COCO_JOINTS
+from plumbing.config import read_config
 from plumbing.errors import UserError
 from tasks import pose_metrics as metrics
 
@@ -201,3 +206,55 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     done = run_script("finetune_pose.py", "epochs=0", f"out={tmp_path}/run")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "epochs" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_pictures_that_boxes_alone_name_are_looked_at(dots, tmp_path):
+    """COCO's detections also lie on pictures without annotated people."""
+    people, _ = readers.read_pose_file(dots[0])
+    own = people.files[0].decode()
+    pictures = {name: (name, (70, 90), n) for n, name in enumerate((own, "gone.png"))}
+    boxes = [{"file_name": name, "bbox": [5, 5, 9, 9]} for name in pictures]
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    arguments = tmp_path / "boxes.json", pictures, people
+    with pytest.raises(UserError, match=r"gone\.png is missing, named by .*boxes\.json"):
+        readers.read_boxes(*arguments, Limits())
+    found, score, about = readers.read_boxes(*arguments, Limits(max_bad=1))
+    assert found.files.tolist() == [own.encode()] and len(score) == 1
+    assert about == "1 boxes (on left-out pictures: 1)"
+    pictures["bad.png"] = None  # the truth has used up what was allowed
+    with pytest.raises(UserError, match=r"gone\.png"):
+        readers.read_boxes(*arguments, Limits(max_bad=1))
+    assert len(readers.read_boxes(*arguments, Limits(check_pictures=False))[1]) == 2
+
+
+def test_a_number_that_two_pictures_share_names_neither(tmp_path):
+    for name in ("cam1/000001.png", "cam2/1.png", "cam2/2.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 60)).save(tmp_path / name)
+    people, pictures = readers.read_own(tmp_path, COCO_JOINTS, [], Limits())
+    for number, said in ((1, "names picture 1, which is not among the pictures"), (2, None)):
+        rows = [{"image_id": number, "bbox": [5, 5, 9, 9]}]
+        (tmp_path / "boxes.json").write_text(json.dumps(rows))
+        arguments = tmp_path / "boxes.json", pictures, people, Limits()
+        if said:
+            with pytest.raises(UserError, match=said):
+                readers.read_boxes(*arguments)
+        else:
+            assert readers.read_boxes(*arguments)[0].files.tolist() == [b"cam2/2.png"]
+
+
+def test_duplicates_are_removed_from_annotated_boxes_too(dots, tmp_path):
+    """[HRNet]'s evaluation: OKS-NMS whatever the boxes are."""
+    document = json.loads(dots[0].read_text())
+    first = document["annotations"][0]
+    document["annotations"].append(first | {"id": 10**6})
+    path = dots[0].parent / "twice.json"
+    path.write_text(json.dumps(document))
+    words = [f"train_annotations={path}", f"val_annotations={path}", *QUICK, f"out={tmp_path}/x"]
+    val = finetune_pose.Validation(read_config(finetune_pose.KEYS, "", words))
+    found = np.concatenate(
+        [val.truth.keypoints[..., :2], np.ones((len(val.truth.files), 17, 1))], 2
+    )
+    assert len(val.results(found)) == len(val.truth.files) - 1
+    found[-1, :, :2] += 1000  # another person
+    assert len(val.results(found)) == len(val.truth.files)

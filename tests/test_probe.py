@@ -364,6 +364,19 @@ def test_the_command(tmp_path):
     values = probe.likeness(poses, poses, people.boxes, SIGMAS)[0]
     expected = probe.retrieved(features, probe.strangers(people), values)["cls"]
     assert mae["oks_cls_held"] == pytest.approx(expected)
+    (tmp_path / "fine").mkdir()
+    fine = ViT(192, 6, 3, (64, 32), 8)
+    save_weights(tmp_path / "fine/encoder.safetensors", fine, **meta_of(fine))
+    words[0] += f",{tmp_path}/fine/encoder.safetensors"
+    done = run_script("experiments/probe.py", *words[:5], f"out={tmp_path}/two", "workers=0")
+    assert "these encoders' patches differ" in done.stdout, done.stderr
+    two = json.loads((tmp_path / "two/probe.json").read_text())
+    assert not any(
+        "patch_pck" in key for level in ("chance", "best possible") for key in two[level]
+    )
+    assert two["own"]["patch_pck_patches_held"] == own["patch_pck_patches_held"]
+    assert "oks_held" in two["chance"]
+    assert json.loads((tmp_path / "two/run.json").read_text())[-1]["how"] == "finished"
     refused = run_script("experiments/probe.py", f"encoders={files}", f"out={tmp_path}/other")
     assert refused.returncode == 2 and "nothing to probe on" in refused.stderr
     assert not (tmp_path / "other").exists()

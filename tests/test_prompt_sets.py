@@ -43,6 +43,22 @@ def text_words(painter, **more):
     return [f"{name}={value}" for name, value in keys.items()]
 
 
+def test_another_list_of_prompts_is_refused(painter, tmp_path, monkeypatch):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a man\na lady\na child\na group")
+    words = text_words(painter, prompt_file=file, out=tmp_path / "a")
+    with monkeypatch.context() as patch:  # stopped after its first record
+        patch.setattr(generate.Progress, "add", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(patch, *words)
+    file.write_text("a lady\na child\na group\na man")
+    with pytest.raises(UserError, match=r"prompts\.txt is not what it was when this run began"):
+        run(monkeypatch, *words)
+    file.write_text("a man\na lady\na child\na group")
+    run(monkeypatch, *words)
+    assert len(document(tmp_path / "a")["annotations"]) == 8
+
+
 def test_text_paints_k_pictures_of_each_line(painter, tmp_path, monkeypatch):
     lines = ["a man in red", "", "a {tall} lady", "a man in red", "two people"]
     (tmp_path / "prompts.txt").write_text("\n".join(lines))

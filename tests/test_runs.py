@@ -225,6 +225,47 @@ def test_a_stopped_run_says_so_and_a_resumed_one_appends(annotations, tmp_path, 
     assert first["command"].endswith(" ".join(words)) and first["ended"] <= second["started"]
 
 
+STOPPED = """
+import sys, common, pretrain
+record = common.StepLog.record
+def third(self, step, *more):
+    record(self, step, *more)
+    if step == 5:
+        self.flush()
+        sys.exit(7)
+common.StepLog.record = third
+pretrain.main()
+"""
+
+
+def test_a_run_goes_on_from_a_moved_folder_and_not_on_other_data(
+    annotations, tmp_path, monkeypatch
+):
+    whole = pretrain_here(monkeypatch, annotations, tmp_path / "whole", "save_every=2")
+    words = [f"annotations={annotations}", "out=first", *SMALL, "save_every=2"]
+    command = [sys.executable, "-c", STOPPED, *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 7, done.stderr
+    (tmp_path / "first").rename(tmp_path / "moved")
+
+    fewer = json.loads(annotations.read_text())
+    fewer["annotations"] = [row for row in fewer["annotations"] if row["pose_id"]]
+    text = annotations.read_text()
+    annotations.write_text(json.dumps(fewer))
+    with pytest.raises(
+        UserError, match="began on other data .samples 16, steps_per_epoch 4,.*now samples 14"
+    ):
+        pretrain_here(monkeypatch, annotations, tmp_path / "moved", "save_every=2")
+    annotations.write_text(text)
+
+    monkeypatch.chdir(tmp_path)
+    pretrain_here(monkeypatch, annotations, "./moved/", "save_every=2")
+    name = "encoder.safetensors"
+    assert (tmp_path / "moved" / name).read_bytes() == (whole / name).read_bytes()
+    assert record(tmp_path / "moved")[-1]["how"] == "finished"
+
+
 def git(folder, *words):
     who = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     done = subprocess.run(["git", *who, *words], cwd=folder, capture_output=True, text=True)
