@@ -143,7 +143,9 @@ def test_overfits_one_batch_then_evaluates_and_predicts(dots, tmp_path):
     ] > 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["AP"] > 0.6 and metrics["PCK@.2"] > 0.9 and metrics["people"] == 4
-    files = "config.yaml curves.png done encoder.safetensors last.pt log.jsonl metrics.json "
+    files = (
+        "config.yaml curves.png data.json done encoder.safetensors last.pt log.jsonl metrics.json "
+    )
     files += "model.safetensors overlays.png pck.png"
     assert sorted(f.name for f in out.iterdir()) == [*files.split(), "results.json", "run.json"]
 

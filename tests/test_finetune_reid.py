@@ -133,7 +133,8 @@ def test_triplet_on_three_ranks_is_that_of_one_process(three_ranks):
 
 def test_run_folder(plain, capsys):
     names = {"config.yaml", "last.pt", "encoder.safetensors", "model.safetensors"}
-    names |= {"log.jsonl", "metrics.json", "ranked_lists.png", "curves.png", "run.json", "done"}
+    names |= {"log.jsonl", "metrics.json", "ranked_lists.png", "curves.png", "data.json"}
+    names |= {"run.json", "done"}
     assert {path.name for path in plain.iterdir()} == names
     log, metrics = rows(plain), json.loads((plain / "metrics.json").read_text())
     steps = [row for row in log if "loss" in row]

@@ -26,7 +26,6 @@ from plumbing.errors import UserError
         (["pictures_per_pose=1", "views_are_positives=false"], "one positive pair"),
         (["gamma_align=0.1", "views=1"], "two views"),
         (["decoder=false"], "L_rec"),
-        (["warmup_epochs=5", "epochs=4"], "warmup_epochs=5 never ends in epochs=4"),
         (["patch=7"], "multiples of patch"),
         (["check_pictures=false", "max_bad=2"], "does not see"),
         (["init=nowhere.pt"], "no checkpoint at nowhere.pt"),

@@ -96,6 +96,13 @@ def test_a_prolonged_run_is_the_long_one_bit_for_bit(
     assert len(record(out)) == 1
 
 
+def test_a_warm_up_that_never_ends_is_said(annotations, tmp_path, monkeypatch, capfd):
+    pretrain_here(monkeypatch, annotations, tmp_path / "a", "epochs=1", "warmup_epochs=5")
+    assert "the rate only rises: warmup_epochs=5, epochs=1" in capfd.readouterr().err
+    pretrain_here(monkeypatch, annotations, tmp_path / "b", "epochs=1", "warmup_epochs=0.5")
+    assert "rises" not in capfd.readouterr().err
+
+
 def test_the_new_schedule_is_entered_at_the_step_reached(annotations, short, tmp_path, monkeypatch):
     more = "epochs=3", "warmup_epochs=0.5", "blr=0.001", f"resume_from={short}/last.pt"
     out = pretrain_here(monkeypatch, annotations, tmp_path / "long", *more)
