@@ -20,9 +20,9 @@ fi
 # Installing takes a minute or two and about 6 GB the first time, seconds after that.
 stamp="$(dirname "$python")/../.installed"
 for list in "$@"; do
-  if ! cmp -s "$list" "$stamp-$(basename "$list")"; then
+  if ! cmp -s "$list" "$stamp-${list//\//-}"; then
     echo "installing $list"
     "$python" -m pip install --quiet --disable-pip-version-check -r "$list"
-    cp "$list" "$stamp-$(basename "$list")"
+    cp "$list" "$stamp-${list//\//-}"
   fi
 done

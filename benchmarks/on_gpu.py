@@ -168,13 +168,13 @@ def pretrain(part, size):
     poses, shape, more, n = 1600, "height=256 width=128", "batch=320 epochs=16", WORKERS
     if SMALL:
         poses, shape, more, size, n = 8, "height=64 width=32", "batch=10 epochs=3", "tiny", 0
-    keys = f"{shape} {more} size={size} pictures_per_pose=5 warmup_epochs=2 save_every=200"
+    draw = f"poses={poses} pictures_per_pose=5 {shape} workers={n}".split()
+    keys = f"{shape} {more} size={size} pictures_per_pose=5 warmup_epochs=2 save_every=200".split()
+    keys += [f"workers={n}", f"device={DEVICE}"]
     with tempfile.TemporaryDirectory() as folder:
-        draw = f"out={folder}/set poses={poses} pictures_per_pose=5 {shape} workers={n}"
-        part.run("generate.py", ROOT / "generate.py", *draw.split())
-        keys += f" annotations={folder}/set/annotations.json out={folder}/run"
-        keys += f" workers={n} device={DEVICE}"
-        part.run("pretrain.py", ROOT / "pretrain.py", *keys.split())
+        part.run("generate.py", ROOT / "generate.py", *draw, f"out={folder}/set")
+        keys += [f"annotations={folder}/set/annotations.json", f"out={folder}/run"]
+        part.run("pretrain.py", ROOT / "pretrain.py", *keys)
         log = Path(folder, "run/log.jsonl")
         rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     part.rows += rows[7::8]

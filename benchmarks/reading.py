@@ -57,6 +57,7 @@ def main():
             for hidden in [*folder.glob(".*.json"), *folder.glob("images/.*.npz")]:
                 hidden.unlink()  # what earlier turns found
             people, copy = start(folder, check=False), folder / "copy"
+            shutil.rmtree(copy, ignore_errors=True)  # of a run that was stopped
             jobs = [("first start", start, folder), ("next start", start, folder)]
             jobs.append(("reading", read_all, people, order))
             if cfg.copy:

@@ -4,11 +4,14 @@ Functions of more than one file: *_runs.py (a stage and its small sets), coco_se
 mutations.py, pretend_cuda.py.
 """
 
+import atexit
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -16,6 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# What programs leave in the temporary folder goes at the end. A short path: a socket's has room for
+# 108 characters.
+os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # but for pytest's own
+TEMPORARY = tempfile.mkdtemp(prefix="t")
+os.environ["TMPDIR"] = tempfile.tempdir = TEMPORARY
+atexit.register(shutil.rmtree, TEMPORARY, ignore_errors=True)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -62,19 +72,18 @@ def run_script(script, *arguments, ranks=1, timeout=300, start_only=False):
     )
 
 
-def kill_after(script, *arguments, lines, log, timeout=120):
+def kill_after(script, *arguments, lines, log, timeout=300):
     """Start a stage, SIGKILL it once its log has that many lines, and say whether it was killed
     before its end.
     """
-    process = run_script(script, *arguments, start_only=True)
+    process, reached = run_script(script, *arguments, start_only=True), False
     end = time.time() + timeout
-    while process.poll() is None and time.time() < end:
-        if Path(log).exists() and len(Path(log).read_text().splitlines()) >= lines:
-            process.send_signal(signal.SIGKILL)
-            break
+    while process.poll() is None and time.time() < end and not reached:
+        reached = Path(log).exists() and len(Path(log).read_text().splitlines()) >= lines
         time.sleep(0.01)
-    process.wait()
-    process.stderr.close()
+    process.kill()
+    _, errors = process.communicate()
+    assert reached or process.returncode == 0, f"not {lines} lines in {timeout} s: {errors}"
     return process.returncode == -signal.SIGKILL
 
 

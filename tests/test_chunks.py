@@ -27,14 +27,22 @@ from plumbing.errors import UserError
 PUPPET = ["poses=60", "pictures_per_pose=3", "height=96", "width=48", "chunk=2", "seed=5"]
 
 
-def group_is_gone(group, seconds=10):
+def group_is_gone(group, seconds=30):
     for _ in range(int(seconds * 20)):
-        try:
-            os.killpg(group, 0)
-        except ProcessLookupError:
+        living = [pid for pid in os.listdir("/proc") if pid.isdigit() and lives_in(group, pid)]
+        if not living:
             return True
         time.sleep(0.05)
     return False
+
+
+def lives_in(group, pid):
+    """Is it a process of this group, and no zombie that nobody has asked for yet?"""
+    try:
+        state, _, of = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:3]
+    except OSError:
+        return False
+    return int(of) == group and state != "Z"
 
 
 @pytest.fixture(scope="module")

@@ -44,13 +44,19 @@ def test_a_killed_rank_is_started_again(sets, tmp_path):
     command = [*TORCHRUN, *arguments(sets, tmp_path / "broken", *MORE)]
     environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(tmp_path / "errors", "w") as errors:
-        run = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=errors)
-    log, deadline = tmp_path / "broken/log.jsonl", time.monotonic() + 200
-    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
-        assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "errors").read_text()
-        time.sleep(0.01)
-    os.kill(workers_of(run.pid)[1], signal.SIGKILL)
-    assert run.wait(240) == 0, (tmp_path / "errors").read_text()
+        run = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stderr=errors, start_new_session=True
+        )
+    log, deadline = tmp_path / "broken/log.jsonl", time.monotonic() + 600
+    try:
+        while not (log.exists() and len(log.read_text().splitlines()) >= 3):
+            assert run.poll() is None and time.monotonic() < deadline, "no step was made"
+            time.sleep(0.01)
+        os.kill(workers_of(run.pid)[1], signal.SIGKILL)
+        assert run.wait(600) == 0, (tmp_path / "errors").read_text()
+    finally:
+        if run.poll() is None:
+            run.terminate()  # torchrun ends its ranks
     assert "continues after step" in (tmp_path / "errors").read_text()
     for name in ("encoder.safetensors", "last.pt"):
         assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

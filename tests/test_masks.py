@@ -10,6 +10,16 @@ from data import part_guided_mask, random_mask
 
 GRID, PATCH = (16, 8), 16
 
+# The six body parts of HAP (arXiv 2310.20695, its mask_strategy.py) as links of COCO's 17 joints.
+HAPS_PARTS = (
+    ((0, 1), (0, 2), (1, 2), (1, 3), (2, 4)),
+    ((5, 7), (7, 9)),
+    ((6, 8), (8, 10)),
+    ((11, 13), (13, 15)),
+    ((12, 14), (14, 16)),
+    ((6, 11), (5, 12)),
+)
+
 
 def random_people(n, missing=0.2, seed=0):
     g = torch.Generator().manual_seed(seed)
@@ -46,7 +56,7 @@ def loop_mask(points, noise):
         if not kept:
             break
     parts = []
-    for links in data.PARTS:
+    for links in HAPS_PARTS:
         patches = np.zeros((h, w), bool)
         for a, b in links:
             if points[a, 2] > 0 and points[b, 2] > 0:

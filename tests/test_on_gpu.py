@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,14 @@ import on_gpu  # noqa: E402
 def rehearse(out, *parts, **environment):
     small = {"DEVICE": "cpu", "SMALL": "1", "OUT": str(out), "VIRTUAL_ENV": sys.prefix}
     command, environment = [ROOT / "benchmarks/on_gpu.sh", *parts], os.environ | small | environment
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=environment, **pipes)
+    try:
+        said, errors = process.communicate(timeout=1800)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)  # it ends what it has started
+        raise
+    return subprocess.CompletedProcess(command, process.returncode, said, errors)
 
 
 def rows_of(out, part):

@@ -54,6 +54,14 @@ def wait_for_lines(out, n, process, seconds=120):
     raise AssertionError("the run ended or hung before its lines were there")
 
 
+def has_command(pid):
+    """Does a process live? A zombie has no command line."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""
+    except OSError:
+        return False
+
+
 def alive(folder):
     """Processes that were started with a run folder below `folder` on their command line."""
     found = []
@@ -160,9 +168,9 @@ def test_a_killed_run_takes_its_loaders_along(sets, tmp_path, method):
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     end = time.time() + 15
-    while any(Path(f"/proc/{pid}").exists() for pid in loaders) and time.time() < end:
+    while any(map(has_command, loaders)) and time.time() < end:
         time.sleep(0.1)
-    assert not [pid for pid in loaders if Path(f"/proc/{pid}").exists()]
+    assert not [pid for pid in loaders if has_command(pid)]
 
 
 # ------------------------------------------------------------------------------------------ signals

@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn as nn
 import torch.nn.functional as F
+from pretend_cuda import PretendCuda
 from sklearn.cluster import KMeans
 
 from baselines import solider
@@ -109,6 +110,11 @@ def test_labels_on_a_device_wait_for_nothing_and_survive_odd_maps():
         assert ((labels >= 0) & (labels <= 3)).all() and (kept.any() or not labels.any())
     assert not part_labels(one, (6, 2))[1].any()
     part_labels(torch.full((1, 12, 4), torch.nan), (6, 2))  # the loss will say so
+    with PretendCuda() as cuda:
+        tokens = torch.randn(2, 12, 4).cuda()
+        cuda.watching = True
+        part_labels(tokens, (6, 2))
+        assert not cuda.waits
 
 
 # --------------------------------------------------------------------------------- losses, the step

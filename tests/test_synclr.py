@@ -277,11 +277,6 @@ def test_run_folder(finished):
     # An untrained network tells nothing apart: ln of the candidates, with the own one if local.
     assert abs(log[0]["mp"] - math.log(15)) < 0.4 and abs(log[0]["mp_local"] - math.log(16)) < 0.4
     assert abs(log[0]["ibot"] - math.log(24)) < 0.4
-    # The teacher: the moving average by hand over the first step.
-    state = load_checkpoint(finished / "last.pt")["model"]
-    apart = [(state[name.replace("student", "teacher")] - value).abs().max()
-             for name, value in state.items() if name.startswith("student.head")]  # fmt: skip
-    assert max(apart) > 1e-4
 
 
 def test_killed_and_resumed_it_is_the_same_bit_for_bit(finished, prompts, tmp_path):
