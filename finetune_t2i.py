@@ -241,7 +241,7 @@ def build_model(cfg, split, device):
     encoder, sentence = build_encoder(cfg, reads_pose(cfg.token), cfg.drop_path, 0.2)
     if cfg.text == "bert":
         if m and cfg.bert == KEYS["bert"].default:  # bert= wins: the folder may have moved
-            cfg.bert = m["bert"]
+            cfg.bert = m.get("bert", cfg.bert)
         text, kind = Bert(*read_bert(cfg.bert), device), f"frozen {cfg.bert}"
         if m and text.width != int(m["bert_width"]):
             wide = f"a BERT {m['bert_width']} wide; bert={cfg.bert} is {text.width}"
