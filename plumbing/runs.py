@@ -60,16 +60,18 @@ def same_data(out, dataset, steps_per_epoch, first):
     all arrays (names, boxes, labels, …) of the dataset's `people` or `split`."""
     digest, lists = hashlib.sha256(), getattr(dataset, "people", None) or dataset.split
     for one in lists if type(lists) is list else [lists]:
-        for value in vars(one).values() if hasattr(one, "__dict__") else one:
+        for value in one:
             if isinstance(value, np.ndarray):
                 digest.update(np.ascontiguousarray(value))
-    path, now = Path(out) / "data.json", dict(samples=len(dataset), steps_per_epoch=steps_per_epoch)
-    now["sha256"] = digest.hexdigest()
+    now = dict(samples=len(dataset), steps_per_epoch=steps_per_epoch, sha256=digest.hexdigest())
+    path = Path(out) / "data.json"
     if not first or not path.exists():
         write_json(path, now)
-    elif (began := read_json(path)) != now:
-        was, is_now = (", ".join(f"{k} {str(v)[:8]}" for k, v in d.items()) for d in (began, now))
-        what = f"{out} began on other data ({was}; now {is_now})"
+        return
+    began = read_json(path)
+    if began != now:
+        was = f"{began['samples']} samples, {began['steps_per_epoch']} steps an epoch"
+        what = f"{out} began on other data ({was}; now {now['samples']} and {steps_per_epoch})"
         raise UserError(f"{what}; give it back, or choose another out=")
 
 

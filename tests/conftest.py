@@ -72,7 +72,7 @@ def run_script(script, *arguments, ranks=1, timeout=300, start_only=False):
     )
 
 
-def kill_after(script, *arguments, lines, log, timeout=300):
+def kill_after(script, *arguments, lines, log, timeout=120):
     """Start a stage, SIGKILL it once its log has that many lines, and say whether it was killed
     before its end.
     """

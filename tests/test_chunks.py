@@ -27,7 +27,7 @@ from plumbing.errors import UserError
 PUPPET = ["poses=60", "pictures_per_pose=3", "height=96", "width=48", "chunk=2", "seed=5"]
 
 
-def group_is_gone(group, seconds=30):
+def group_is_gone(group, seconds=10):
     for _ in range(int(seconds * 20)):
         living = [pid for pid in os.listdir("/proc") if pid.isdigit() and lives_in(group, pid)]
         if not living:

@@ -21,7 +21,7 @@ def rehearse(out, *parts, **environment):
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process = subprocess.Popen(command, env=environment, **pipes)
     try:
-        said, errors = process.communicate(timeout=1800)
+        said, errors = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)  # it ends what it has started
         raise

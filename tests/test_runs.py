@@ -261,7 +261,7 @@ def test_a_run_goes_on_from_a_moved_folder_and_not_on_other_data(
     text = annotations.read_text()
     annotations.write_text(json.dumps(fewer))
     with pytest.raises(
-        UserError, match="began on other data .samples 16, steps_per_epoch 4,.*now samples 14"
+        UserError, match="began on other data .16 samples, 4 steps an epoch; now 14 and 3"
     ):
         pretrain_here(monkeypatch, annotations, tmp_path / "moved", "save_every=2")
     annotations.write_text(text)
