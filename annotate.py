@@ -24,7 +24,6 @@ import common  # first: Ctrl-C while the libraries load
 # isort: split
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +91,8 @@ def main():
     check_same_inputs(out, {f"the list of {cfg.pictures}": listed}, ranks)
 
     def annotate(numbers):
-        rows, parts = [], list(batches(numbers, cfg.batch))
+        rows, n = [], cfg.batch
+        parts = [numbers[k : k + n] for k in range(0, len(numbers), n)]
         with ThreadPoolExecutor(8) as pool:
 
             def load(part):
@@ -183,7 +183,7 @@ def annotate_batch(cfg, models, names, batch):
         for box, one in zip(boxes[i], joints.get(i, [])):
             rows[number].append(about | annotation(cfg, box, one, captions[i]))
         if not len(boxes[i]):
-            rows[number] = [dict(picture=names[number], skipped="nobody found")]
+            rows[number] = [dict(picture=names[number], skipped="nobody, or too small")]
     return [row for one in rows.values() for row in one]
 
 
@@ -198,12 +198,6 @@ def annotation(cfg, box, joints, caption):
     row |= dict(keypoint_scores=[round(float(score), 4) for score in joints[:, 2]])
     row["score"] = round(float(box[4] * joints[:, 2].mean()), 4)  # as a top-down detection [HRNet]
     return row if caption is None else row | dict(caption=caption)
-
-
-def batches(items, n):
-    items = iter(items)
-    while batch := list(islice(items, n)):
-        yield batch
 
 
 # ---------------------------------------------------------------------------------- files, pictures

@@ -43,7 +43,7 @@ from plumbing.files import (
     write_npz,
 )
 from plumbing.gradient_cache import backward_in_parts
-from plumbing.loading import EpochBatches, StepSampler, training_loader
+from plumbing.loading import EpochBatches, training_loader
 from plumbing.process import check_memory, check_restarts, end_with_parent, lock
 from plumbing.runs import earlier_run, finish_run, look_into, record_end, record_start, same_data
 from plumbing.seeds import (
@@ -62,8 +62,8 @@ from plumbing.seeds import (
 
 # -------------------------------------------------------------------------------- ranks and devices
 
-# The longest that ranks wait for one another; NCCL's own limit is 10 minutes. Rank 0 alone re-ranks
-# a large gallery (MSMT17) for a quarter of an hour. A rank that hangs is noticed this late.
+# The longest that ranks wait for one another; NCCL's own limit is 10 minutes. Rank 0 alone ranks
+# and re-ranks a large gallery, and the others wait. A rank that hangs is noticed this late.
 RANKS_WAIT = timedelta(hours=1)
 
 
@@ -80,7 +80,7 @@ def start_ranks(device="auto", precision="auto"):
 
     On a GPU float32 is float32, in convolutions and LSTMs too: no TF32, which has 10 bits of
     mantissa and which torch allows in these two by default. For speed there is bf16 (see autocast).
-    Raises UserError for a device or a precision that this machine does not have.
+    Raises UserError for a GPU that is not there, and for precision=bf16 on a GPU without it.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
@@ -293,7 +293,7 @@ class StepLog:
                 self.signals[number] = signal.signal(number, self.ask)
 
     def ask(self, number, frame):
-        """The first signal asks for a stop after the next save; a second one stops at once."""
+        """The first signal asks to save and stop within two steps; a second one stops at once."""
         if errors.asked:
             raise KeyboardInterrupt
         errors.asked = number
@@ -336,7 +336,7 @@ class StepLog:
             rows = bad.nonzero().flatten().tolist() or range(len(index))
             pictures = [self.dataset.name(int(index[i])) for i in rows]
             raise UserError(
-                f"non-finite loss or gradient at step {step} on rank(s) {odd}; this rank's "
+                f"non-finite loss or gradient at step {step + 1} on rank(s) {odd}; this rank's "
                 f"pictures: {', '.join(pictures[:8])}{and_more(pictures, 8)}; the last "
                 "checkpoint stays; lower the learning rate or look at them"
             )

@@ -1,6 +1,6 @@
 """Pre-training data: augmented pictures of people, part-guided masks, who shares a batch.
 
-Legend: B pictures on this rank · N patches of a mask, or annotated people · P pictures of a pose in
+Legend: B pictures on this rank · N patches · P pictures of a pose in
 a batch · S batches in an epoch · H, W picture · h, w grid of patches.
 Frame: keypoints in px with pixel centres at whole numbers (COCO's frame), third column 0 = missing;
 boxes and regions are x, y, w, h in px. Masks are bool (B, N), True = masked.
@@ -46,8 +46,9 @@ class PretrainPictures(Dataset):
     """Item (epoch, index) → image uint8 (3, H, W), keypoints (17, 3) px of it, pose_id, index.
 
     `people`: one People per annotation file; indices run through them in order; pose ids of
-    different files differ. A person's region is the padded box. RandomResizedCrop [HAP]: shares
-    crop_min to 1 of the region's area, ratio w/h 3/4 to 4/3 of the input's, bicubic; flip .5.
+    different files differ. A person's region is the padded box, grown where no crop of the
+    input's ratio could hold it. RandomResizedCrop [HAP]: shares crop_min to 1 of the region's area,
+    ratio w/h 3/4 to 4/3 of the input's, bicubic; flip .5.
     """
 
     def __init__(self, people, size, seed, options=Augmentation()):  # noqa: B008  a tuple
@@ -143,7 +144,7 @@ def random_crop(w, h, crop_min, shape):
 
     Share of the area uniform in [crop_min, 1], ratio log-uniform in [3/4, 4/3] · shape [HAP], place
     uniform; after 10 misses the largest central one that keeps the ratio. torchvision's get_params
-    draws the same in 24 µs instead of 5.
+    draws the same but takes 24 µs; this takes 5.
     """
     low, high = shape * 3 / 4, shape * 4 / 3
     for _ in range(10):
@@ -175,13 +176,13 @@ BLOCK_ROUNDS = 12
 
 
 def noise_parts(grid):
-    """Uniform numbers for blocks, order of the parts, k, amounts, inside the parts, the rest."""
+    """Uniform numbers needed for blocks, order of the parts, k, amounts, inside them, the rest."""
     n = grid[0] * grid[1]
     return [BLOCK_ROUNDS * BLOCK_TRIES * 4, 6, 1, 6, 6 * n, n]
 
 
 def noise_size(grid):
-    """Uniform numbers one picture's mask uses up."""
+    """How many uniform numbers the mask of one picture needs."""
     return sum(noise_parts(grid))
 
 

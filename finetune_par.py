@@ -5,7 +5,7 @@ Inputs   PA-100K, PETA, RAP v1 or v2 as downloaded (.mat), or CSV files `image,a
          1; an encoder of pretrain.py, published ViT weights, or none.
 Outputs  in `out`: metrics.json (mA, accuracy, precision, recall, F1), attributes.csv (one row per
          attribute), attributes.png (chart), examples.png, model.safetensors (averaged weights),
-         encoder.safetensors, last.pt (everything to resume), log.jsonl, curves.png, config.yaml.
+         encoder.safetensors, last.pt and best.pt (to resume), log.jsonl, curves.png, config.yaml.
          predict: predictions.csv (probability of each attribute), predictions.png.
 
   python finetune_par.py --cfg configs/finetune_par_demo.yaml                             # laptop
@@ -18,8 +18,8 @@ Outputs  in `out`: metrics.json (mA, accuracy, precision, recall, F1), attribute
 Recipe: mean of the patch tokens → linear; weighted binary cross-entropy; AdamW; averaged weights.
 The test set is looked at once, at the end: the last epoch is reported, or the best one on
 validation (select=val). The reference code reports its best test epoch.
-deviates from [HAP]: the rate warms up from 0, there from 1e-4, and moves every step, there every
-epoch.
+deviates from [HAP]: the rate warms up from 0 (there from 1e-4) and changes at every step (there at
+every epoch).
 Legend: B pictures on this rank · N pictures of a split · A attributes · H, W input picture ·
 p probability.
 """
@@ -47,7 +47,7 @@ from tasks.attributes import THRESHOLD, AttributePictures, attribute_metrics, we
 from tasks.features import TOKENS, feature_width, reads_pose, token_features
 
 # What code outside imports from here, wherever it is defined.
-__all__ = ["AttributeModel", "attribute_metrics", "weighted_bce"]
+__all__ = ["attribute_metrics", "weighted_bce"]
 
 KEYS = dict(
     out=Key("runs/par", "run folder; for eval_only runs/par_eval, for predict runs/par_predict"),
@@ -217,8 +217,8 @@ class Run:
         """θ_ema ← d·θ_ema + (1 − d)·θ, after step `step` (0-based)."""
         decay = cfg.ema
         if cfg.ema_warmup:
-            # deviates from [Rethinking_of_PAR]: the early average is short. Else it would hold the
-            # start for 1/(1 − d) steps.
+            # deviates from [Rethinking_of_PAR]: the early average is short. Otherwise it would
+            # remember its start for about 1/(1 − d) steps.
             decay = min(decay, (1 + step) / (10 + step))
         weights = [p.detach() for p in self.model.parameters()]
         torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - decay)
@@ -301,10 +301,10 @@ def report(cfg, model, test, ranks):
             lines.append(f"{name[:24]:24}" + "".join(f"{100 * value:10.2f}" for value in values))
         lines.append(f"wrote {out}/metrics.json, attributes.csv, attributes.png, examples.png")
         print("\n".join(lines), file=sys.stderr)
-        line = f"{out}: " + "  ".join(f"{name} {scores[name]:.4f}" for name in HEADLINE)
+        line = f"{out}: {shown(scores)}"
         if lonely:
             line += f"; {', '.join(lonely)}: one class only in test, its missing class counts 0; "
-            line += f"without such attributes mA is {100 * scores['mA_both']:.2f}"
+            line += f"without such attributes mA is {scores['mA_both']:.4f}"
         print(line)
     common.barrier()
 
@@ -316,7 +316,7 @@ def table(model, scores):
 
 
 def shown(scores):
-    return ", ".join(f"{name} {100 * scores[name]:.2f}" for name in HEADLINE)
+    return "  ".join(f"{name} {scores[name]:.4f}" for name in HEADLINE)
 
 
 def draw(model, test, p, scores, out):

@@ -51,7 +51,7 @@ from tasks.ranking import (
 from tasks.reid import TOKENS, AugmentedPictures, PersonBatches, ReID, ResizedPictures, reads_pose
 
 # What code outside imports from here, wherever it is defined.
-__all__ = ["ReID", "evaluate_features", "ranking_metrics", "triplet_loss"]
+__all__ = ["ranking_metrics", "triplet_loss"]
 
 KEYS = dict(
     out=Key("runs/reid", "run folder; for eval_only runs/reid_eval, for predict runs/reid_predict"),
@@ -216,7 +216,7 @@ def evaluate(cfg, model, query, gallery, ranks):
     """→ ranking_metrics, "features" (of queries, of gallery) and, if asked, "reranked" (metrics).
 
     The features are made by all ranks. Rank 0 ranks them (the other ranks get the features only),
-    with the threads of all, for torchrun gives a rank one.
+    with the threads of all ranks, because torchrun gives each rank only one.
     """
     q, g = embed(cfg, model, query, ranks), embed(cfg, model, gallery, ranks)
     result = {"features": (q, g)}
@@ -273,8 +273,9 @@ def report(cfg, result, query, gallery, ranks):
     common.barrier()
 
 
-def draw(cfg, result, query, gallery, each=3, columns=10):
+def draw(cfg, result, query, gallery):
     """ranked_lists.png: what was found for queries of best, median and worst average precision."""
+    each, columns = 3, 10
     n = len(result["ap"]) - result["unmatched"]
     order = np.argsort(-result["ap"], kind="stable")[:n]  # queries without a match (NaN) come last
     middle = n // 2 - each // 2
@@ -299,12 +300,13 @@ def draw(cfg, result, query, gallery, each=3, columns=10):
 # ------------------------------------------------------------------------------- predict and checks
 
 
-def predict(cfg, ranks, shown=40, columns=10):
+def predict(cfg, ranks):
     """A folder of pictures, or one → embeddings.npz and, for the first 40 pictures, nearest.png.
 
     embeddings.npz: files (N,) text, embeddings (N, D) float32 of length 1, nearest (N, 10) row
     numbers of the most alike others, similarity (N, 10) their cosines.
     """
+    shown, columns = 40, 10
     people = read_pictures(cfg.predict)
     model, sentence = build_model(cfg)
     if common.open_run(cfg, KEYS, ranks) == "finished":

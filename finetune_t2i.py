@@ -113,7 +113,8 @@ def main():
     total, warmup = cfg.epochs * epoch, round(cfg.warmup_epochs * epoch)
     milestones = [m * epoch for m in cfg.milestones]
     log = common.StepLog(cfg, ranks, dataset, batches, first, total)
-    counts = [f"{len(s.texts)} captions of {len(s.files)} in {n}" for n, s in splits.items() if s]
+    known = [(n, len(s.texts), len(s.files)) for n, s in splits.items() if s]
+    counts = [f"{n}: {texts} captions, {files} pictures" for n, texts, files in known]
     log.say(f"{', '.join(counts)}; {about}; {total} steps of {cfg.batch}")
     steps = batches.steps(first, total)
     loader = common.training_loader(
@@ -270,7 +271,7 @@ def evaluate_only(cfg, ranks):
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     if ranks.rank == 0:
-        print(f"{len(split.texts)} captions of {len(split.files)}; {about}", file=sys.stderr)
+        print(f"{len(split.texts)} captions, {len(split.files)} pictures; {about}", file=sys.stderr)
     figures = evaluate(cfg, model.to(ranks.device), text, split, ranks)
     if ranks.rank == 0:
         report(Path(cfg.out), figures)
@@ -291,7 +292,10 @@ def evaluate(cfg, model, text, split, ranks):
     common.write_json(out / "metrics.json", about | result)
     # The captions of best, median and worst average precision, two each; each sentence once.
     order = np.argsort(-ap, kind="stable")
-    order = order[np.sort(np.unique(np.array(split.texts)[order], return_index=True)[1])]
+    best = {}
+    for c in order:
+        best.setdefault(split.texts[c], c)
+    order = list(best.values())
     n, rows, labels = len(order), [], []
     for place in sorted({0, 1, n // 2 - 1, n // 2, n - 2, n - 1} & set(range(n))):
         c = order[place]

@@ -73,8 +73,11 @@ def draw_circle(axis, z, id, title):
     """Pictures of one pose are drawn one behind the other, outwards."""
     axis.add_patch(plt.Circle((0, 0), 1, fill=False, color="0.8"))
     for k, xy in enumerate(z):
-        style = dict(color=COLOURS[id[k]], marker="os"[id[k] // 8], edgecolor="black", zorder=2)
-        axis.scatter(*xy * (1 + 0.11 * (id[:k] == id[k]).sum()), s=80, **style)
+        marker = "s" if id[k] < 0 or id[k] >= 8 else "o"
+        style = dict(color=COLOURS[id[k]], marker=marker, edgecolor="black", zorder=2)
+        behind = (id[:k] == id[k]).sum()  # earlier pictures of this pose
+        x, y = xy * (1 + 0.11 * behind)
+        axis.scatter(x, y, s=80, **style)
     axis.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), aspect="equal", title=title)
     axis.axis("off")
 
@@ -159,7 +162,7 @@ def matrix(axes):
     expect("positives: 4·3 + 3·2 + 2·1", positive.sum(), 20)
     expect("negatives: 10·9 − 20", (column & ~positive).sum(), 70)
     expect("loss at the start, all alike: ln 9", loss[0], math.log(9))
-    expect("way of the two without a pose", (path[-1] - path[0])[id < 0].norm(), 0)
+    expect("how far the two without a pose moved", (path[-1] - path[0])[id < 0].norm(), 0)
     kind = column.int() + positive  # 0 left out, 1 negative, 2 positive
     axes[0].imshow(kind.numpy(), cmap="Blues", vmax=4)
     for i, j in np.ndindex(12, 12):
@@ -228,7 +231,9 @@ def ranks(axes):
 
 
 def main(words):
-    out = Path(words.pop()[4:] if words and words[-1].startswith("out=") else "runs/lesson")
+    out = Path("runs/lesson")
+    if words and words[-1].startswith("out="):
+        out = Path(words.pop().removeprefix("out="))
     sections = (circle, positives, temperature, collapse, matrix, precision, ranks)
     names = [section.__name__ for section in sections]
     if not set(words) <= set(names):

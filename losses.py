@@ -86,6 +86,12 @@ def sum_over_ranks(x):
     return SumOverRanks.apply(x) if world_size() > 1 else x
 
 
+def own_columns(x):
+    """x (B, …) → (B,) int64: the columns of this rank's rows among the gathered ones."""
+    first = dist.get_rank() * len(x) if world_size() > 1 else 0
+    return torch.arange(first, first + len(x), device=x.device)
+
+
 def full_precision(*tensors):
     """float32 unless already float64."""
     return [x if x.dtype == torch.float64 else x.float() for x in tensors]
@@ -214,8 +220,7 @@ def alignment_loss(a, b, tau=0.2, gather_gradient=True):
         # Of length 1, so that a product is a cosine and cannot grow without end.
         a, b = (F.normalize(x, dim=-1) for x in full_precision(a, b))
         gather = gather_with_gradient if gather_gradient else gather_rows_of
-        first = dist.get_rank() * len(a) if world_size() > 1 else 0
-        own = torch.arange(first, first + len(a), device=a.device)  # column of the own picture
+        own = own_columns(a)
         # L_align = 2τ · [ CE(a_i·b_j / τ, i) + CE(b_i·a_j / τ, i) ],  j over all ranks
         # Both ways: each view once asks and once answers. 2τ keeps the gradient's size for any τ.
         logits_ab = a @ gather(b).T / tau  # (B, M)
@@ -254,9 +259,8 @@ def pair_masks(pose_id):
     are real.
     """
     id_all = gather_rows_of(pose_id)
-    first = dist.get_rank() * len(pose_id) if world_size() > 1 else 0
-    own = torch.arange(first, first + len(pose_id), device=pose_id.device)
-    other = own[:, None] != torch.arange(len(id_all), device=pose_id.device)  # j ≠ i
+    own, every = own_columns(pose_id), torch.arange(len(id_all), device=pose_id.device)
+    other = own[:, None] != every  # j ≠ i
     # Pictures without a pose group may show any pose: they are no sure negatives either.
     column = other & (id_all >= 0) & (pose_id >= 0)[:, None]
     return column & (pose_id[:, None] == id_all), column

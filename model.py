@@ -176,7 +176,7 @@ class ViT(nn.Module):
         self.patch_embed = nn.Module()  # patch_embed.proj: its published name
         self.patch_embed.proj = nn.Conv2d(3, width, patch_size, patch_size)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))  # [MAE]: as linear
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.zeros_(self.patch_embed.proj.bias)  # [MAE] leaves torch's default
         self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)  # N(0, .02) [MAE]
         # paper silent on [POSE]'s start: N(0, .02) like [CLS], zero position
         self.pose_token = nn.Parameter(torch.randn(1, 1, width) * 0.02) if pose_token else None
@@ -386,7 +386,9 @@ class GenPoCCL(nn.Module):
         if self.gamma_mp > 0:
             z = self.projector(special[:, :, self.token].flatten(0, 1))  # (v·B, d)
             s = 1 if self.views_are_positives else v  # all views in one set, or each by itself
-            sets = list(zip(z.unflatten(0, (s, -1)), pose_id.repeat(v).view(s, -1)))
+            z = z.unflatten(0, (s, -1))  # (s, v·B / s, d)
+            ids = pose_id.repeat(v).view(s, -1)  # (s, v·B / s)
+            sets = list(zip(z, ids))
             out["mp"] = sum(losses.multi_positive_loss(z, id, self.tau_mp) for z, id in sets) / s
             out["health"] = [losses.contrastive_health(z, id) for z, id in sets]  # to be logged
 

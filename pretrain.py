@@ -6,7 +6,7 @@ Inputs   COCO keypoint JSON files with pictures, or plain folders: generated set
          pose_id: pictures of one pose are positives) and real ones (no pose_id: they train L_rec
          and L_align and are left out of L_mp).
 Outputs  in `out`: encoder.safetensors, last.pt (everything to resume), log.jsonl, config.yaml, and
-         pictures: reconstructions.png, neighbours.png (nearest by [POSE]), attention.png,
+         pictures: reconstructions.png, neighbours.png (nearest by L_mp's token), attention.png,
          correspondence.png (patches under joints), curves.png (of the log).
 
   python pretrain.py --cfg configs/pretrain_demo.yaml                       # laptop
@@ -134,7 +134,9 @@ def main():
     common.seed_all(common.WEIGHTS, cfg.seed)
     model = build_model(cfg)
     if cfg.init and not cfg.resume_from:
-        print(f"start from {cfg.init}: {load_into(model.encoder, cfg.init)}")
+        told = load_into(model.encoder, cfg.init)
+        if ranks.rank == 0:
+            print(f"start from {cfg.init}: {told}")
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     model.to(ranks.device)
@@ -157,7 +159,7 @@ def main():
 
     # Nothing in a step waits for the device: its figures are read while the next step runs.
     for step, sample in enumerate(loader, first):
-        # A step is a function of (seed, step): a resumed run draws what the killed one would have.
+        # Nothing below draws from it: for a loss of your own, a function of (seed, step) as all is.
         common.seed_all(common.STEP, cfg.seed, step)
         lr = common.learning_rate(step, total, warmup, peak=cfg.blr * cfg.batch / 256)
         common.set_learning_rate(optimizer, lr)
@@ -322,7 +324,8 @@ def draw(cfg, model, dataset, ranks):
     """Pictures of the same people at every call, by rank 0. → what is drawn, what is not."""
     text = ""
     if ranks.rank == 0:
-        rows, share = [], 256 // len(dataset.people)  # the first people of every file
+        # The first people of every file.
+        rows, share = [], max(1, 256 // len(dataset.people))
         for start, end in zip(dataset.starts, dataset.starts[1:]):
             rows += range(start, min(end, start + share))
         samples, mask = [dataset[(0, row)] for row in rows], None
@@ -352,14 +355,15 @@ def check(cfg):
     if cfg.height % cfg.patch or cfg.width % cfg.patch:
         sides = f"height={cfg.height} and width={cfg.width}"
         raise UserError(f"{sides} must be multiples of patch={cfg.patch}")
-    if cfg.decoder and cfg.mask == "none" or not cfg.decoder and cfg.mask != "none":
+    masked = cfg.mask != "none"
+    if cfg.decoder != masked:
         both = f"decoder={cfg.decoder} with mask={cfg.mask}"
         raise UserError(f"{both}: L_rec needs masked patches, and masks need L_rec")
     patches = (cfg.height // cfg.patch) * (cfg.width // cfg.patch)
     if cfg.decoder and round(cfg.mask_ratio * patches) == 0:
         raise UserError(f"mask_ratio={cfg.mask_ratio} masks none of {patches} patches; raise it")
     if not (cfg.decoder or cfg.gamma_align or cfg.gamma_mp):
-        raise UserError("decoder=false and gamma_align=gamma_mp=0 leave no loss; set one of them")
+        raise UserError("decoder=false and gamma_align=gamma_mp=0 leave no loss; set gamma_mp")
     if cfg.mask == "none" and cfg.views > 1:
         raise UserError("mask=none with views=2: two unmasked views are the same; set views=1")
     if cfg.gamma_align and cfg.views < 2:

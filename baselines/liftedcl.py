@@ -121,7 +121,9 @@ def main():
     model = build_model(cfg)
     student, teacher, judge = model["student"], model["teacher"], model["discriminator"]
     if cfg.init:
-        print(f"start from {cfg.init}: {load_into(student.encoder, cfg.init)}")
+        told = load_into(student.encoder, cfg.init)
+        if ranks.rank == 0:
+            print(f"start from {cfg.init}: {told}")
         teacher.load_state_dict(student.state_dict())
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return

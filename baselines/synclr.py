@@ -123,7 +123,9 @@ def main():
     common.seed_all(common.WEIGHTS, cfg.seed)
     model = build_model(cfg)
     if cfg.init:
-        print(f"start from {cfg.init}: {load_into(model.student.encoder, cfg.init)}")
+        told = load_into(model.student.encoder, cfg.init)
+        if ranks.rank == 0:
+            print(f"start from {cfg.init}: {told}")
         model.teacher.load_state_dict(model.student.state_dict())
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return

@@ -84,7 +84,9 @@ def main():
     s, size = SIZES[cfg.size], (cfg.height, cfg.width)
     model = VICReg(ViT(s["width"], s["depth"], s["heads"], size, cfg.patch), cfg)
     if cfg.init:
-        print(f"start from {cfg.init}: {load_into(model.encoder, cfg.init)}")
+        told = load_into(model.encoder, cfg.init)
+        if ranks.rank == 0:
+            print(f"start from {cfg.init}: {told}")
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     out, model = Path(cfg.out), model.to(ranks.device)

@@ -312,14 +312,18 @@ def meta_of(encoder):
 
 def training_of(cfg, keys, steps):
     """What is written beside pre-trained weights about how they came about, as text: every setting
-    that has a say in them. Of paths only the last two names: others will read it."""
+    that has a say in them. Of paths only the last one or two names: others will read it."""
     said = {"steps": steps}
     for name, key in keys.items():
         value = getattr(cfg, name)
         if not key.may_change and name not in ("out", "images", "predict", "weights"):
             if name == "annotations":
                 value = ["/".join(Path(path).parts[-2:]) for path in value]
-            said[name] = Path(value).name if name == "init" and value else value
+            if name == "init" and value:
+                value = Path(value).name
+            if name == "resume_from" and value:
+                value = "/".join(Path(value).parts[-2:])
+            said[name] = value
     return json.dumps(said)
 
 

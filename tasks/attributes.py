@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 from plumbing.errors import UserError
 from plumbing.seeds import SAMPLE, seed_all
 
-THRESHOLD = 0.5  # from here on the answer is yes [Rethinking_of_PAR]
+THRESHOLD = 0.5  # above it the answer is yes [Rethinking_of_PAR]
 
 
 class AttributePictures(Dataset):

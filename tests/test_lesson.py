@@ -51,7 +51,7 @@ BOUNDS = {
     "positives: 4·3 + 3·2 + 2·1": (20, 0),
     "negatives: 10·9 − 20": (70, 0),
     "loss at the start, all alike: ln 9": (math.log(9), 0.02),
-    "way of the two without a pose": (0, 0),
+    "how far the two without a pose moved": (0, 0),
     "logits from 9.5 to 10 that bfloat16 tells apart": (9, 0),
     "plain lines in autocast: loss at the end": (math.log(3), 0.005),
     "plain lines in autocast: error of its gradient": (0.55, 0.25),  # measured
