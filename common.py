@@ -44,6 +44,7 @@ from plumbing.files import (
 )
 from plumbing.gradient_cache import backward_in_parts
 from plumbing.loading import EpochBatches, training_loader
+from plumbing.pictures import on_all_ranks
 from plumbing.process import check_memory, check_restarts, end_with_parent, lock
 from plumbing.runs import earlier_run, finish_run, look_into, record_end, record_start, same_data
 from plumbing.seeds import (
@@ -152,11 +153,7 @@ def rank_share(n, ranks):
 
 def gather_rows(rows, ranks):
     """Python objects of all ranks as one flat list, in rank order. For evaluation only."""
-    if ranks.world == 1:
-        return list(rows)
-    parts = [None] * ranks.world
-    dist.all_gather_object(parts, list(rows))
-    return [row for part in parts for row in part]
+    return on_all_ranks(list(rows))
 
 
 # ----------------------------------------------------------------------------------------- schedule

@@ -40,6 +40,7 @@ from formats.market import read_data, read_pictures
 from formats.weights import ENCODER, build_encoder, meta_of, take_settings
 from model import normalize
 from plumbing.config import JOB, MACHINE, Key, check_job, read_config
+from tasks.features import TOKENS, ResizedPictures, reads_pose
 from tasks.ranking import (
     evaluate_features,
     nearest_others,
@@ -48,7 +49,7 @@ from tasks.ranking import (
     reranked_chunks,
     triplet_loss,
 )
-from tasks.reid import TOKENS, AugmentedPictures, PersonBatches, ReID, ResizedPictures, reads_pose
+from tasks.reid import AugmentedPictures, PersonBatches, ReID
 
 # What code outside imports from here, wherever it is defined.
 __all__ = ["ranking_metrics", "triplet_loss"]

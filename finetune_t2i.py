@@ -38,12 +38,13 @@ from torch.utils.data import DataLoader, Subset
 
 from common import UserError
 from drawing import results as sheets
-from formats.captions import read_bert, read_captions, read_gallery
+from formats.captions import read_bert, read_captions
+from formats.market import read_pictures
 from formats.weights import ENCODER, build_encoder, meta_of, take_settings
 from model import normalize
 from plumbing.config import JOB, MACHINE, Key, check_job, read_config
-from tasks.features import TOKENS, feature_width, reads_pose, token_features
-from tasks.text import Bert, Gallery, Pairs, Words, pad_tokens, ranking_loss, retrieval_metrics
+from tasks.features import TOKENS, ResizedPictures, feature_width, reads_pose, token_features
+from tasks.text import Bert, Pairs, Words, pad_tokens, ranking_loss, retrieval_metrics
 
 KEYS = dict(
     out=Key("runs/t2i", "run folder; for eval_only runs/t2i_eval, for predict runs/t2i_predict"),
@@ -280,7 +281,7 @@ def evaluate_only(cfg, ranks):
 
 def evaluate(cfg, model, text, split, ranks):
     """metrics.json, ranking.png. All ranks make features, rank 0 ranks them. → figures, or {}."""
-    gallery = Gallery(split.files, (cfg.height, cfg.width))
+    gallery = ResizedPictures(split, (cfg.height, cfg.width), range(len(split.files)))
     v = embed_pictures(cfg, model, gallery, ranks)
     t = embed_texts(cfg, model, text, split.texts, ranks)
     if ranks.rank:
@@ -292,10 +293,8 @@ def evaluate(cfg, model, text, split, ranks):
     common.write_json(out / "metrics.json", about | result)
     # The captions of best, median and worst average precision, two each; each sentence once.
     order = np.argsort(-ap, kind="stable")
-    best = {}
-    for c in order:
-        best.setdefault(split.texts[c], c)
-    order = list(best.values())
+    best = {split.texts[c]: c for c in order[::-1]}  # of equal sentences the first place stays
+    order = [c for c in order if best[split.texts[c]] == c]
     n, rows, labels = len(order), [], []
     for place in sorted({0, 1, n // 2 - 1, n // 2, n - 2, n - 1} & set(range(n))):
         c = order[place]
@@ -342,18 +341,19 @@ def embed_texts(cfg, model, text, sentences, ranks):
 
 def predict(cfg, ranks):
     """The pictures of a folder, best first for a sentence → ranking.json, ranking.png."""
-    names, files = read_gallery(cfg.predict)
+    pictures = read_pictures(cfg.predict)
     model, text, _, about = build_model(cfg, None, ranks.device)
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     if ranks.rank == 0:
         print(about, file=sys.stderr)
-    model, gallery = model.to(ranks.device), Gallery(files, (cfg.height, cfg.width))
-    v = embed_pictures(cfg, model, gallery, ranks)
+    gallery = ResizedPictures(pictures, (cfg.height, cfg.width), range(len(pictures.files)))
+    v = embed_pictures(cfg, model.to(ranks.device), gallery, ranks)
     t = embed_texts(cfg, model, text, [cfg.sentence], ranks)
     if ranks.rank == 0:
         out, score = Path(cfg.out), v @ t[0]
         order = np.argsort(-score, kind="stable")
+        names = [name.decode() for name in pictures.files]
         rows = [{"image": names[i], "cosine": round(float(score[i]), 5)} for i in order]
         common.write_json(out / "ranking.json", {"sentence": cfg.sentence, "ranking": rows})
         found = [(None, [(gallery[i], None) for i in order[:10]])]

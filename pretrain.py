@@ -36,7 +36,7 @@ from data import (
     recognised,
 )
 from drawing import training as sheets
-from formats.coco import MIN_SCORE, Limits, read_people
+from formats.coco import MIN_SCORE, Limits, check_sources, read_people
 from formats.weights import load_into, meta_of, training_of
 from model import SIZES, Decoder, GenPoCCL, Projector, ViT, normalize
 from plumbing.config import MACHINE, Key, read_config
@@ -134,9 +134,7 @@ def main():
     common.seed_all(common.WEIGHTS, cfg.seed)
     model = build_model(cfg)
     if cfg.init and not cfg.resume_from:
-        told = load_into(model.encoder, cfg.init)
-        if ranks.rank == 0:
-            print(f"start from {cfg.init}: {told}")
+        about += f"; start from {cfg.init}: {load_into(model.encoder, cfg.init)}"
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     model.to(ranks.device)
@@ -345,16 +343,7 @@ def draw(cfg, model, dataset, ranks):
 
 def check(cfg):
     """Settings that are valid one by one but not together."""
-    if not cfg.annotations:
-        raise UserError("annotations= names no file; give COCO JSON files, e.g. of generate.py")
-    if cfg.images and len(cfg.images) != len(cfg.annotations):
-        files = f"{len(cfg.annotations)} annotation files"
-        raise UserError(f"images= has {len(cfg.images)} folders for {files}")
-    if cfg.max_bad and not cfg.check_pictures:
-        raise UserError("max_bad= leaves out what check_pictures=false does not see; give one")
-    if cfg.height % cfg.patch or cfg.width % cfg.patch:
-        sides = f"height={cfg.height} and width={cfg.width}"
-        raise UserError(f"{sides} must be multiples of patch={cfg.patch}")
+    check_sources(cfg)
     masked = cfg.mask != "none"
     if cfg.decoder != masked:
         both = f"decoder={cfg.decoder} with mask={cfg.mask}"

@@ -57,16 +57,16 @@ from torch.utils.data import DataLoader
 
 import common
 from baselines.gcl_parts import GCL, Views, draw_sheet, read_guides, view_scores
-from baselines.parts import squared_slope
+from baselines.parts import save, squared_slope
 from common import UserError
 from drawing.curves import draw_curves
 from formats.market import read_data
-from formats.weights import AS_IS, build_encoder, meta_of
+from formats.weights import AS_IS, build_encoder
 from model import SIZES, normalize
 from plumbing.config import MACHINE, Key, read_config
 from plumbing.seeds import CHOICE, ORDER
+from tasks.features import ResizedPictures
 from tasks.ranking import evaluate_features, jaccard_distances
-from tasks.reid import ResizedPictures
 
 KEYS = dict(
     out=Key("runs/gcl", "run folder"),
@@ -224,7 +224,9 @@ def main():
                 prepare(step + 1)
             if log.saves(step):
                 log.flush()  # never save a broken model
-                save(cfg, model, (for_g, for_d, for_id), step + 1, report)
+                others = dict(for_d=for_d.state_dict(), for_id=for_id.state_dict())
+                encoder = model.e_id.encoder
+                save(cfg.out, encoder, model, for_g, step + 1, report=report, **others)
                 log.stop_if_asked(step)
 
     log.close()
@@ -354,14 +356,6 @@ def evaluate(cfg, model, query, gallery, device):
     q, g = (embed(cfg, model.e_id, people, device) for people in (query, gallery))
     found = evaluate_features(q, query.ids, query.cameras, g, gallery.ids, gallery.cameras)
     return {"mAP": found["mAP"], "rank1": float(found["cmc"][0])}
-
-
-def save(cfg, model, optimizers, step, report):
-    out, meta = Path(cfg.out), meta_of(model.e_id.encoder)
-    common.save_weights(out / "encoder.safetensors", model.e_id.encoder, **meta)
-    for_g, for_d, for_id = (optimizer.state_dict() for optimizer in optimizers)
-    more = dict(for_d=for_d, for_id=for_id, step=step, report=report)
-    common.save_checkpoint(out / "last.pt", model=model.state_dict(), optimizer=for_g, **more)
 
 
 def finish(cfg, model, data, report, device):

@@ -7,6 +7,7 @@ an embedding · H, W picture.
 """
 
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch.utils.data import Dataset
+from torchvision.ops import MLP
 
 from drawing.grids import sheet
 from drawing.training import denormalize
@@ -28,7 +30,7 @@ from plumbing.seeds import VIEW, rng_of
 from puppet import Identities, Scenes, coco17, people_set, poses_from_keypoints, render, take
 from puppet.body import turned
 from puppet.guide import draw_guides
-from tasks.reid import resized
+from tasks.features import resized
 
 SLOPE = 0.2  # of every LeakyReLU [GCL]
 
@@ -131,22 +133,15 @@ class Structure(nn.Module):
         return self.fuse(torch.cat([self.near(x), *(wide(x) for wide in self.wide)], dim=1))
 
 
-class Mlp(nn.Sequential):
-    def __init__(self, width, out, hidden):
-        super().__init__(
-            *(nn.Linear(width, hidden), nn.LeakyReLU(SLOPE)),
-            *(nn.Linear(hidden, hidden), nn.LeakyReLU(SLOPE), nn.Linear(hidden, out)),
-        )
-
-
 class AdaptiveResidual(nn.Module):
     """A residual block whose two norms are told by one stripe: AdaIN(x) = w · norm(x) + b."""
 
     def __init__(self, width, identity, hidden):
         super().__init__()
         self.convs = nn.ModuleList(conv(width, width, 3) for _ in range(2))
-        self.weight = Mlp(identity, 2 * width, hidden)
-        self.bias = Mlp(identity, 2 * width, hidden)
+        layers, slope = [hidden, hidden, 2 * width], partial(nn.LeakyReLU, SLOPE)
+        self.weight = MLP(identity, layers, activation_layer=slope)
+        self.bias = MLP(identity, layers, activation_layer=slope)
 
     def forward(self, x, stripe):
         """x (B, C, h, w), stripe (B, D) → (B, C, h, w)"""

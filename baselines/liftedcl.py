@@ -60,11 +60,11 @@ import torch.nn.functional as F
 import common
 from baselines import bodies
 from baselines.bodies import BONES, JOINTS
-from baselines.parts import DATA, Crops, Queue, read_pictures, squared_slope, update_teacher
+from baselines.parts import DATA, Crops, Queue, read_pictures, save, squared_slope, update_teacher
 from common import UserError
 from data import Augmentation
 from drawing import training as sheets
-from formats.weights import load_into, meta_of
+from formats.weights import load_into
 from losses import full_precision, gather_rows_of, no_autocast, sum_over_ranks, world_size
 from model import SIZES, ViT, normalize
 from plumbing.config import MACHINE, Key, read_config
@@ -121,9 +121,7 @@ def main():
     model = build_model(cfg)
     student, teacher, judge = model["student"], model["teacher"], model["discriminator"]
     if cfg.init:
-        told = load_into(student.encoder, cfg.init)
-        if ranks.rank == 0:
-            print(f"start from {cfg.init}: {told}")
+        about += f"; start from {cfg.init}: {load_into(student.encoder, cfg.init)}"
         teacher.load_state_dict(student.state_dict())
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
@@ -198,7 +196,9 @@ def main():
         log.record(step, lr, values, sample["index"], ~skeletons.sum((1, 2)).isfinite())
         if log.saves(step):
             log.flush()  # never save a broken model
-            save(cfg, model, (optimizer, optimizer_d), step + 1, ranks)
+            if ranks.rank == 0:
+                second = dict(optimizer_d=optimizer_d.state_dict())
+                save(cfg.out, student.encoder, model, optimizer, step + 1, **second)
             log.stop_if_asked(step)
 
     log.close()
@@ -379,16 +379,6 @@ def evaluate(cfg, student, real_bodies, device):
 
 
 # --------------------------------------------------------------------------------- files and checks
-
-
-def save(cfg, model, optimizers, step, ranks):
-    """Weights alone, then everything to resume: after a kill in between these steps are repeated,
-    so the two always agree."""
-    if ranks.rank == 0:
-        out, encoder = Path(cfg.out), model["student"].encoder
-        common.save_weights(out / "encoder.safetensors", encoder, **meta_of(encoder))
-        both = dict(zip(("optimizer", "optimizer_d"), (o.state_dict() for o in optimizers)))
-        common.save_checkpoint(out / "last.pt", model=model.state_dict(), step=step, **both)
 
 
 def check(cfg):

@@ -8,17 +8,19 @@ H, W picture.
 
 import copy
 import math
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from data import PretrainPictures, grown_region, padded_box, random_crop
-from formats.coco import MIN_SCORE, Limits, read_people
+from formats.coco import MIN_SCORE, Limits, check_sources, read_people
+from formats.weights import meta_of, resized_positions
 from losses import full_precision, gather_rows_of, no_autocast
 from model import SIZES
 from plumbing.config import Key
-from plumbing.errors import UserError
+from plumbing.files import save_checkpoint, save_weights
 from plumbing.pictures import load_picture
 from plumbing.seeds import VIEW, seed_all
 
@@ -40,9 +42,9 @@ DATA = dict(
 def read_pictures(cfg):
     """→ (a list of People, one for each file of annotations=, a sentence about them).
 
-    Raises UserError for what the keys of DATA cannot mean together, and as read_people.
+    Raises UserError as check_sources and read_people.
     """
-    check_data(cfg)
+    check_sources(cfg)
     people, left_out = [], 0
     for f, path in enumerate(cfg.annotations):
         limits = Limits(
@@ -56,18 +58,11 @@ def read_pictures(cfg):
     return people, f"{n} people, {left_out} bad pictures left out"
 
 
-def check_data(cfg):
-    """Keys of DATA that are valid one by one but not together."""
-    if not cfg.annotations:
-        raise UserError("annotations= names no file; give COCO JSON files, e.g. of generate.py")
-    if cfg.images and len(cfg.images) != len(cfg.annotations):
-        files = f"{len(cfg.annotations)} annotation files"
-        raise UserError(f"images= has {len(cfg.images)} folders for {files}")
-    if cfg.max_bad and not cfg.check_pictures:
-        raise UserError("max_bad= leaves out what check_pictures=false does not see; give one")
-    if cfg.height % cfg.patch or cfg.width % cfg.patch:
-        sides = f"height={cfg.height} and width={cfg.width}"
-        raise UserError(f"{sides} must be multiples of patch={cfg.patch}")
+def save(out, encoder, model, optimizer, step, **more):
+    """Weights alone, then everything to resume: after a kill between them steps are repeated."""
+    out, state = Path(out), dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    save_weights(out / "encoder.safetensors", encoder, **meta_of(encoder))
+    save_checkpoint(out / "last.pt", **state, step=step, **more)
 
 
 class Crops(PretrainPictures):
@@ -137,9 +132,7 @@ def at_size(encoder, size):
     small.image_size = tuple(size)
     small.grid = size[0] // encoder.patch_size, size[1] // encoder.patch_size
     small._parameters = dict(encoder._parameters)  # the copy may hold positions of its own
-    positions = encoder.pos_embed.unflatten(1, encoder.grid).permute(0, 3, 1, 2)
-    positions = F.interpolate(positions, small.grid, mode="bicubic", align_corners=False)
-    positions = positions.flatten(2).transpose(1, 2)
+    positions = resized_positions(encoder.pos_embed, small.grid, encoder.grid, "")[1]
     small._parameters["pos_embed"] = nn.Parameter(positions, requires_grad=False)
     return small
 

@@ -62,13 +62,14 @@ from baselines.parts import (
     at_size,
     cosine_between,
     read_pictures,
+    save,
     update_teacher,
 )
 from baselines.solider_parts import PARTS, part_labels, show_parts
 from common import UserError
 from data import Augmentation, PoseBatches
 from drawing.curves import draw_curves
-from formats.weights import load_into, meta_of
+from formats.weights import load_into
 from losses import full_precision, no_autocast, sum_over_ranks, world_size
 from model import SIZES, ViT, normalize
 from plumbing.config import MACHINE, Key, read_config
@@ -137,9 +138,7 @@ def main():
     common.seed_all(common.WEIGHTS, cfg.seed)
     model = Solider(cfg)
     if cfg.init:
-        told = start_from(model.student.encoder, cfg.init)
-        if ranks.rank == 0:
-            print(f"start from {cfg.init}: {told}")
+        about += f"; start from {cfg.init}: {start_from(model.student.encoder, cfg.init)}"
         model.teacher.load_state_dict(model.student.state_dict())
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
@@ -191,7 +190,8 @@ def main():
         log.record(step, lr, values, sample["index"], result["bad"])
         if log.saves(step):
             log.flush()  # never save a broken model
-            save(cfg, model, optimizer, step + 1, ranks)
+            if ranks.rank == 0:
+                save(cfg.out, model.teacher.encoder, model, optimizer, step + 1)
             log.stop_if_asked(step)
 
     log.close()
@@ -375,15 +375,6 @@ def clip_each(parameters, largest):
     if largest:
         torch._foreach_mul_(gradients, [(largest / (n + 1e-6)).clamp(max=1) for n in norms])
     return torch.stack(norms).norm()
-
-
-def save(cfg, model, optimizer, step, ranks):
-    """The teacher's encoder, then everything to resume."""
-    if ranks.rank == 0:
-        out, encoder = Path(cfg.out), model.teacher.encoder
-        common.save_weights(out / "encoder.safetensors", encoder, **meta_of(encoder))
-        weights, state = model.state_dict(), optimizer.state_dict()
-        common.save_checkpoint(out / "last.pt", model=weights, optimizer=state, step=step)
 
 
 def check(cfg):

@@ -55,7 +55,7 @@ from baselines import parts, synclr_report
 from common import UserError
 from data import Augmentation, PoseBatches
 from drawing.curves import draw_curves
-from formats.weights import load_into, meta_of
+from formats.weights import load_into
 from losses import full_precision, gather_rows_of, no_autocast, pair_masks
 from model import SIZES, ViT, normalize, split_mask, take_patches
 from plumbing.config import MACHINE, Key, read_config
@@ -123,9 +123,7 @@ def main():
     common.seed_all(common.WEIGHTS, cfg.seed)
     model = build_model(cfg)
     if cfg.init:
-        told = load_into(model.student.encoder, cfg.init)
-        if ranks.rank == 0:
-            print(f"start from {cfg.init}: {told}")
+        about += f"; start from {cfg.init}: {load_into(model.student.encoder, cfg.init)}"
         model.teacher.load_state_dict(model.student.state_dict())
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
@@ -173,7 +171,8 @@ def main():
         log.record(step, lr, values, sample["index"], result["bad"])
         if log.saves(step):
             log.flush()
-            save(cfg, model, optimizer, step + 1, ranks)
+            if ranks.rank == 0:
+                parts.save(cfg.out, model.student.encoder, model, optimizer, step + 1)
             log.stop_if_asked(step)
 
     log.close()
@@ -343,17 +342,6 @@ def build_model(cfg):
     # [SynCLR] has [CLS] alone.
     encoder = ViT(s["width"], s["depth"], s["heads"], size, cfg.patch, pose_token=False)
     return SynCLR(encoder, cfg)
-
-
-def save(cfg, model, optimizer, step, ranks):
-    """Weights alone, then everything to resume."""
-    if ranks.rank == 0:
-        out, encoder = Path(cfg.out), model.student.encoder
-        common.save_weights(out / "encoder.safetensors", encoder, **meta_of(encoder))
-        state = optimizer.state_dict()
-        common.save_checkpoint(
-            out / "last.pt", model=model.state_dict(), optimizer=state, step=step
-        )
 
 
 def check(cfg):

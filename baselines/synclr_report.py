@@ -40,11 +40,11 @@ def likeness(z, caption, keypoints):
     caption are, their middle aside, as a share of the mean distance: 1 = z knows no pose. That is
     left out where nobody has joints.
     """
-    near = (z @ z.T).fill_diagonal_(-2)
+    M, near = len(z), (z @ z.T).fill_diagonal_(-2)
     same = (caption[:, None] == caption) & (caption >= 0)
     found = same.gather(1, near.argmax(1)[:, None]).float().mean()
     same.fill_diagonal_(False)
-    figures = dict(same_caption=found, same_caption_by_chance=same.sum() / len(same) ** 2)
+    figures = dict(same_caption=found, same_caption_by_chance=same.float().sum() / (M * (M - 1)))
     seen = keypoints[:, :, 2] > 0
     if seen.any():
         xy = keypoints[:, :, :2] * seen[:, :, None]

@@ -25,7 +25,7 @@ from baselines import parts
 from common import UserError
 from data import PoseBatches, PretrainPictures
 from drawing.training import draw_curves, neighbour_sheet
-from formats.weights import load_into, meta_of
+from formats.weights import load_into
 from losses import full_precision, gather_with_gradient, no_autocast
 from model import SIZES, Projector, ViT, normalize
 from plumbing.config import MACHINE, Key, read_config
@@ -84,9 +84,7 @@ def main():
     s, size = SIZES[cfg.size], (cfg.height, cfg.width)
     model = VICReg(ViT(s["width"], s["depth"], s["heads"], size, cfg.patch), cfg)
     if cfg.init:
-        told = load_into(model.encoder, cfg.init)
-        if ranks.rank == 0:
-            print(f"start from {cfg.init}: {told}")
+        about += f"; start from {cfg.init}: {load_into(model.encoder, cfg.init)}"
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     out, model = Path(cfg.out), model.to(ranks.device)
@@ -112,10 +110,7 @@ def main():
         if log.saves(step):
             log.flush()
             if ranks.rank == 0:
-                about = meta_of(model.encoder)
-                common.save_weights(out / "encoder.safetensors", model.encoder, **about)
-                state = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-                common.save_checkpoint(out / "last.pt", **state, step=step + 1)
+                parts.save(out, model.encoder, model, optimizer, step + 1)
             log.stop_if_asked(step)
     log.close()
     if ranks.rank == 0:

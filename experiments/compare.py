@@ -87,7 +87,6 @@ def main():
     methods, select, tasks = check(cfg)
     common.open_run(cfg, KEYS, common.start_ranks("cpu"))
     work = Work(cfg)
-    rates = {}
     with work:
         for name, command in rows_of(cfg.sets, 2):  # one may read what another wrote
             work.run([Cell(work.out / "sets" / name, filled(cfg, command))])

@@ -40,9 +40,9 @@ from model import SIZES
 from plumbing.config import MACHINE, Key, read_config
 from tasks import probe
 from tasks.attributes import AttributePictures, attribute_metrics
+from tasks.features import ResizedPictures
 from tasks.pose_metrics import oks_sigmas
 from tasks.ranking import evaluate_features
-from tasks.reid import ResizedPictures
 
 KEYS = dict(
     out=Key("runs/probe", "run folder"),

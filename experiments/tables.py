@@ -67,8 +67,8 @@ def cost_of(folder):
     pictures = rows[-1]["step"] * int(config["batch"])
     with safe_open(regular(Path(folder) / "encoder.safetensors"), "pt") as file:
         sizes = [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]
-    script = read_json(Path(folder) / "run.json")[0]["command"].split()[0]
-    views = config.get("views", 2 if Path(script).stem in ("solider", "liftedcl") else 1)
+    two = {"out_dim", "weight_adv"} & set(config)  # SOLIDER's keys, LiftedCL's
+    views = config.get("views", 2 if two else 1)
     if config.get("local_crops"):
         small = config["local_height"] * config["local_width"]
         views += config["local_crops"] * small / (config["height"] * config["width"])

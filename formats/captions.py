@@ -4,7 +4,6 @@ Legend: N pictures · C captions.
 """
 
 import contextlib
-import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import torch
 
 from plumbing.errors import UserError, reading
 from plumbing.files import load_checkpoint, load_weights, read_json, regular
-from plumbing.pictures import as_bytes, pictures_at, refuse_bad_pictures
+from plumbing.pictures import as_bytes, refuse_bad_pictures
 
 
 class Captioned(NamedTuple):
@@ -24,6 +23,7 @@ class Captioned(NamedTuple):
     ids: np.ndarray  # (N,) int64 person, 0 … persons − 1 within the split
     texts: list  # C sentences
     picture: np.ndarray  # (C,) int64 row of the caption's picture
+    folder = ""  # what the paths begin at
 
     @property
     def persons(self):
@@ -71,13 +71,6 @@ def as_split(rows):
     ids = np.unique(ids, return_inverse=True)[1].reshape(-1).astype(np.int64)
     picture = np.repeat(np.arange(len(files)), [len(texts) for texts in captions])
     return Captioned(list(files), ids, [text for texts in captions for text in texts], picture)
-
-
-def read_gallery(path):
-    """A folder of pictures to search in, or one picture → (names below the folder, N paths)."""
-    folder, names = pictures_at(path)
-    refuse_bad_pictures(folder, as_bytes(folder, names))
-    return names, [os.path.join(folder, name) for name in names]
 
 
 # --------------------------------------------------------------------------------------------- BERT

@@ -19,6 +19,20 @@ from plumbing.files import read_json, regular, write_atomic
 from plumbing.pictures import find_bad_pictures, picture_fault
 
 
+def check_sources(cfg):
+    """UserError where annotations=, images=, max_bad=, height=, width= do not fit together."""
+    if not cfg.annotations:
+        raise UserError("annotations= names no file; give COCO JSON files, e.g. of generate.py")
+    if cfg.images and len(cfg.images) != len(cfg.annotations):
+        files = f"{len(cfg.annotations)} annotation files"
+        raise UserError(f"images= has {len(cfg.images)} folders for {files}")
+    if cfg.max_bad and not cfg.check_pictures:
+        raise UserError("max_bad= leaves out what check_pictures=false does not see; give one")
+    if cfg.height % cfg.patch or cfg.width % cfg.patch:
+        sides = f"height={cfg.height} and width={cfg.width}"
+        raise UserError(f"{sides} must be multiples of patch={cfg.patch}")
+
+
 def read_people(annotations, folder=None, limits=Limits()):  # noqa: B008  a tuple
     """Read a COCO JSON of people, or take every picture of a plain folder as one person.
 

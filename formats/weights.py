@@ -354,6 +354,4 @@ def take_settings(cfg, stage, mark, *names):
 
 
 def short_list(names):
-    if not names:
-        return "none"
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return (", ".join(names[:4]) or "none") + and_more(names, 4)

@@ -61,7 +61,7 @@ def from_folder_or_hub(name, key, load):
     """`load(name, …)` from a folder, the hub's cache or the hub; UserError says how to get it."""
     import huggingface_hub
 
-    warnings.simplefilter("ignore")  # of libraries about each other
+    warnings.simplefilter("ignore")  # libraries about each other, also while they are used
     if Path(name).is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         try:
             return load(name, local_files_only=True)

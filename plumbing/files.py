@@ -105,14 +105,14 @@ def write_csv(path, header, rows, end="\n"):
     write_atomic(path, write)
 
 
-def write_npz(path, arrays):
+def write_npz(path, arrays, durable=True):
     """NumPy's .npz of {name: array}."""
 
     def write(part):
         with open(part, "wb") as file:  # given a name, NumPy would add .npz to it
             np.savez(file, **arrays)
 
-    write_atomic(path, write)
+    write_atomic(path, write, durable)
 
 
 def new_files(out, names, source):

@@ -1,11 +1,12 @@
 """A run's folder: whose it is, what run.json says of each start in it, and what a finished run
 hands on to a longer one. common.py calls these in that order.
 
-run.json is a record for people. Nothing reads it back to compute, and a run goes on without it.
+run.json is a record for people. A run goes on without it.
 """
 
 import contextlib
 import hashlib
+import json
 import os
 import platform
 import shlex
@@ -57,12 +58,15 @@ def differences(old, cfg, keys, free=()):
 def same_data(out, dataset, steps_per_epoch, first):
     """Keep in data.json what a run's steps are counted on; UserError for a run that goes on after
     step `first` on other data: its batches would be others. Looked at: the number of samples, and
-    all arrays (names, boxes, labels, …) of the dataset's `people` or `split`."""
+    all arrays and lists (names, boxes, labels, sentences, …) of the dataset's `people` or `split`.
+    """
     digest, lists = hashlib.sha256(), getattr(dataset, "people", None) or dataset.split
     for one in lists if type(lists) is list else [lists]:
         for value in one:
             if isinstance(value, np.ndarray):
                 digest.update(np.ascontiguousarray(value))
+            elif isinstance(value, (list, tuple)):
+                digest.update(json.dumps(value).encode())
     now = dict(samples=len(dataset), steps_per_epoch=steps_per_epoch, sha256=digest.hexdigest())
     path = Path(out) / "data.json"
     if not first or not path.exists():

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from plumbing.errors import UserError, reading
-from plumbing.files import regular, write_atomic
+from plumbing.files import regular, write_npz
 
 known = {}  # path of a tar → (its size and time, Members)
 scanning = {}  # path of a tar → lock: of the threads that meet a new tar, one reads its headers
@@ -99,13 +99,9 @@ def scanned(tar, stamp):
     found = read_headers(tar)
     # Where it cannot be written, the next process reads the headers again.
     with contextlib.suppress(OSError, UserError):
-        write_atomic(memory_path(tar), lambda part: save(part, stamp, found), durable=False)
+        arrays = dict(stamp=np.array(stamp)) | found._asdict()
+        write_npz(memory_path(tar), arrays, durable=False)
     return found
-
-
-def save(part, stamp, found):
-    with open(part, "wb") as file:  # to a name, NumPy would add .npz
-        np.savez(file, stamp=np.array(stamp), **found._asdict())
 
 
 def read_headers(tar):

@@ -59,9 +59,9 @@ def check(cfg):
             raise UserError(f"task people samples its poses and draws no parts: leave {name} out")
     if cfg.shards:
         raise UserError("task people writes Market-1501's folders of loose pictures: no shards=")
-    if cfg.width > 2 * cfg.height:
+    if cfg.width > 2 * cfg.height or cfg.height > 4 * cfg.width:
         sides = f"height={cfg.height} width={cfg.width}"
-        raise UserError(f"{sides} is too wide for a standing person; width <= 2 height")
+        raise UserError(f"{sides}: a person needs width <= 2 height and height <= 4 width")
     if cfg.persons_val >= cfg.persons_train:
         most = f"persons_train={cfg.persons_train} to train on"
         raise UserError(f"persons_val={cfg.persons_val} leaves nobody of {most}")

@@ -93,8 +93,8 @@ def lower_body(joints):
 def half_body(keypoints, lower, aspect, rng):
     """Region of the upper or the lower half [HRNet] → (centre, extent), or None.
 
-    The box of the half's joints, × 1.5, widened to the aspect. None with at most 8 visible joints,
-    or at most 2 in both halves. keypoints (K, 3) px; lower (K,) bool; rng has a random().
+    The box of the half's joints, × 1.5, widened to the aspect. None with at most 8 visible
+    joints. keypoints (K, 3) px; lower (K,) bool; rng has a random().
     The upper half comes with probability .69: HRNet and ViTPose ask if a normal number is below .5.
     """
     seen = keypoints[:, 2] > 0
@@ -103,7 +103,7 @@ def half_body(keypoints, lower, aspect, rng):
     halves = [keypoints[seen & ~lower, :2], keypoints[seen & lower, :2]]
     first = 0 if rng.random() < UPPER_HALF else 1
     xy = halves[first] if len(halves[first]) > 2 else halves[1 - first]
-    extent = np.ptp(xy, axis=0) if len(xy) > 2 else np.zeros(2)
+    extent = np.ptp(xy, axis=0)
     if extent.min() <= 0:
         return None
     width = max(extent[0], extent[1] * aspect) * 1.5

@@ -16,17 +16,7 @@ from model import IMAGENET_MEAN, IMAGENET_STD
 from plumbing.errors import UserError
 from plumbing.loading import StepSampler
 from plumbing.seeds import ORDER, SAMPLE, rng_of, seed_all
-from tasks.features import (
-    TOKENS,
-    ResizedPictures,
-    feature_width,
-    reads_pose,
-    resized,
-    token_features,
-)
-
-# TOKENS and reads_pose: what may be ReID's `token`, for the stage.
-__all__ = ["TOKENS", "reads_pose", "ReID", "AugmentedPictures", "ResizedPictures", "PersonBatches"]
+from tasks.features import feature_width, resized, token_features
 
 # -------------------------------------------------------------------------------------------- model
 

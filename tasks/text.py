@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
@@ -88,11 +89,8 @@ class Bert:
 
 def pad_tokens(rows):
     """Lists of token ids → (B, T) int64 padded with 0, (B,) lengths."""
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.zeros(len(rows), int(lengths.max()), dtype=torch.long)
-    for i, row in enumerate(rows):
-        tokens[i, : len(row)] = torch.tensor(row)
-    return tokens, lengths
+    rows = [torch.tensor(row) for row in rows]
+    return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
 
 # ----------------------------------------------------------------------------------------- pictures
@@ -126,19 +124,6 @@ class Pairs(Dataset):
     def collate(items):
         images, tokens, persons, index = zip(*items)
         return (torch.stack(images), *pad_tokens(tokens), torch.tensor(persons), list(index))
-
-
-class Gallery(Dataset):
-    """Item row → picture uint8 (3, H, W)."""
-
-    def __init__(self, files, size):
-        self.files, self.size = files, size
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, row):
-        return picture_of(self.files[row], self.size)
 
 
 def picture_of(file, size):

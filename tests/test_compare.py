@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from coco_sets import write_set
 from conftest import ROOT, run_script
 from PIL import Image
@@ -82,19 +83,21 @@ def test_the_rate_is_the_best_on_all_validation_tasks_together(tmp_path):
 @pytest.mark.parametrize(
     "script, more, views",
     [
-        ("pretrain", "views: 1", 20),
-        ("pretrain", "views: 2", 40),
-        ("baselines/gcl", "", 20),
-        ("baselines/vicreg", "", 20),
-        ("baselines/liftedcl", "", 40),
+        ("pretrain", dict(views=1), 20),
+        ("pretrain", dict(views=2), 40),
+        ("baselines.gcl", {}, 20),
+        ("baselines.vicreg", {}, 20),
+        ("baselines.liftedcl", {}, 40),
         # Two whole crops and four quarters; one and two.
-        ("baselines/solider", "local_crops: 4\nlocal_height: 32\nlocal_width: 16", 60),
-        ("baselines/synclr", "local_crops: 2\nlocal_height: 32\nlocal_width: 16", 30),
+        ("baselines.solider", dict(local_crops=4, local_height=32, local_width=16), 60),
+        ("baselines.synclr", dict(local_crops=2, local_height=32, local_width=16), 30),
     ],
 )
 def test_small_crops_count_by_their_area(script, more, views, tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps([{"command": f"{script}.py --cfg x.yaml"}]))
-    (tmp_path / "config.yaml").write_text(f"batch: 10\nheight: 64\nwidth: 32\n{more}\n")
+    keys = importlib.import_module(script).KEYS  # a run's config holds all of them
+    config = {name: key.default for name, key in keys.items()}
+    config |= dict(batch=10, height=64, width=32) | more
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
     save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "encoder.safetensors")
     assert tables.cost_of(tmp_path) == dict(pictures=20, views=views, parameters=22)
