@@ -7,6 +7,7 @@ Inputs   rows of the config, each a command line of a script of this repository:
            methods  name | command                   pre-training; no command: from scratch
            select   name | command | metric          a validation task: chooses each method's {lr}
            tasks    table | name | command | metrics what is reported
+           contrasts  name | A - B + …               sums of methods, reported with their interval
          Words in braces are filled in: {lspet} {market} {coco} {out} {lr} {encoder} {seed}. Every
          command also gets out=, and but for sets seed=.
 Outputs  in `out`: table.md, table.json, table.png; below it a run folder for every cell, with what
@@ -55,6 +56,7 @@ KEYS = dict(
     rates=Key([], "values of {lr}", of=float, low=0, may_change=True),
     seeds=Key([0, 1, 2], "seeds of pre-training and of fine-tuning", of=int, low=0,
               may_change=True),
+    contrasts=Key([], "rows: name | methods with + or - between them", may_change=True),
     reference=Key("GenPoCCL", "the method that others are compared with", may_change=True),
     jobs=Key(2, "cells at a time; each has its share of the cores", low=1, may_change=True),
 )  # fmt: skip
@@ -127,6 +129,7 @@ def check(cfg):
     if not methods or not tasks or not cfg.seeds:
         raise UserError("methods=, tasks= and seeds= must name something; see configs/compare_*")
     names = [m.name for m in methods], [r.name for r in tasks], [r.name for r in select]
+    read_contrasts(cfg, methods)
     for group in (*names, [name for name, _ in sets]):
         for name in group:
             if not re.fullmatch(r"[\w.-]+", name) or group.count(name) > 1:
@@ -145,6 +148,19 @@ def check(cfg):
             if not (ROOT / script).is_file():
                 raise UserError(f'row "{command:.60}": no script {script} in this repository')
     return methods, select, tasks
+
+
+def read_contrasts(cfg, methods):
+    """Rows `name | A - B + C` → {name: [(1, A), (-1, B), (1, C)]}; UserError for an unknown one."""
+    known, found = [m.name for m in methods], {}
+    for name, text in rows_of(cfg.contrasts, 2):
+        words = ["+", *text.split()]
+        signs, terms = words[::2], words[1::2]
+        if len(signs) != len(terms) or set(signs) - {"+", "-"} or set(terms) - set(known):
+            what = f'contrast "{text}" is no sum of methods with + or - between'
+            raise UserError(f"{what}; they are {', '.join(known)}")
+        found[name] = [(1 if sign == "+" else -1, term) for sign, term in zip(signs, terms)]
+    return found
 
 
 def filled(cfg, command, **more):
@@ -337,7 +353,9 @@ def report(cfg, work, methods, tasks, rates):
                 has = ", ".join(tables.figures_of(done[0]))
                 work.failed[f"tasks/{row.name}"] = f"no cell has a figure {metric}; there are {has}"
             column = dict(table=row.table, task=row.name, metric=metric)
-            columns.append(column | {"rows": tables.summary(values, cfg.reference)})
+            column["rows"] = tables.summary(values, cfg.reference)
+            column["contrasts"] = tables.contrasts(values, read_contrasts(cfg, methods))
+            columns.append(column)
     seconds, costs = tables.seconds_of(work.out / "times.jsonl"), {}
     for method in methods:
         row = dict(pictures=None, views=None, parameters=None, seconds=None, cut=False)
@@ -352,7 +370,8 @@ def report(cfg, work, methods, tasks, rates):
         costs[method.name] = row | rates[method.name]
     result = dict(reference=cfg.reference, seeds=cfg.seeds, jobs=cfg.jobs, methods=costs)
     result |= dict(columns=columns, failed=work.failed)
-    result["config"] = {name: getattr(cfg, name) for name in ("sets", "methods", "select", "tasks")}
+    rows = "sets", "methods", "select", "tasks", "contrasts"
+    result["config"] = {name: getattr(cfg, name) for name in rows}
     common.write_json(work.out / "table.json", result)
     text = tables.markdown(result)
     common.write_atomic(work.out / "table.md", lambda part: part.write_text(text))

@@ -49,6 +49,21 @@ def summary(values, reference):
     return out
 
 
+def contrasts(values, sums):
+    """A column's values, {name: [(1 or -1, method), …]} → {name: mean, low, high, values by seed}.
+
+    Over the seeds that all of its methods have; a sum without any is left out.
+    """
+    out = {}
+    for name, terms in sums.items():
+        seeds = set.intersection(*(set(values.get(method, {})) for _, method in terms))
+        own = {s: sum(sign * values[method][s] for sign, method in terms) for s in sorted(seeds)}
+        if own:
+            found = zip(("mean", "low", "high"), interval(list(own.values())))
+            out[name] = dict(found) | {"values": own}
+    return out
+
+
 def figures_of(folder):
     """metrics.json of a task, or the one encoder's figures of probe.json."""
     if (Path(folder) / "metrics.json").exists():
@@ -109,8 +124,9 @@ def markdown(result):
     for table in dict.fromkeys(column["table"] for column in result["columns"]):
         columns = [column for column in result["columns"] if column["table"] == table]
         heads = [f"{column['task']} {column['metric']}" for column in columns]
-        seeds = len(result["seeds"])
-        lines += [f"## {table}", "", f"Percent; mean of {seeds} seeds [95 % t-interval].", ""]
+        done = [len(row["values"]) for column in columns for row in column["rows"].values()]
+        seeds = f"{max(done, default=0)} of {len(result['seeds'])} seeds"
+        lines += [f"## {table}", "", f"Percent; mean of {seeds} [95 % t-interval].", ""]
         lines += head(["method", *heads])
         for method in methods:
             cells = [cell(column["rows"].get(method)) for column in columns]
@@ -120,6 +136,13 @@ def markdown(result):
             rows = [column["rows"].get(method, {}).get("difference") for column in columns]
             cells = [cell(row, sign=True) for row in rows]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        lines.append("")
+        names = dict.fromkeys(name for column in columns for name in column["contrasts"])
+        if names:
+            lines += ["Sums of methods, by seed:", "", *head(["", *heads])]
+        for name in names:
+            cells = [cell(column["contrasts"].get(name), sign=True) for column in columns]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     names = ["method", "pictures seen", "views", "encoder parameters", "pre-training, s", "rate"]
     lines += ["## Costs", "", *head(names)]

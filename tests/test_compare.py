@@ -61,6 +61,21 @@ def test_differences_are_paired_over_the_seeds_that_both_have():
     assert found["A"]["mean"] == pytest.approx(0.7)
 
 
+def test_sums_of_methods_are_taken_seed_by_seed():
+    values = {"A": {0: 0.5, 1: 0.7, 2: 0.9}, "B": {0: 0.4, 1: 0.61, 3: 0.1}, "C": {0: 0.2, 1: 0.2}}
+    sums = {"gap": [(1, "A"), (-1, "B"), (1, "C")], "none": [(1, "A"), (-1, "unknown")]}
+    found = tables.contrasts(values, sums)
+    assert set(found) == {"gap"} and set(found["gap"]["values"]) == {0, 1}
+    assert found["gap"]["mean"] == pytest.approx(0.295)  # .5 − .4 + .2 = .3 and .7 − .61 + .2 = .29
+    assert found["gap"]["high"] - 0.295 == pytest.approx(12.706 * 0.005, rel=1e-3)
+    # A sum of one method and its negative is the paired difference of the other table.
+    two = tables.contrasts(values, {"B - A": [(1, "B"), (-1, "A")]})["B - A"]
+    difference = tables.summary(values, "A")["B"]["difference"]
+    assert [two[k] for k in ("mean", "low", "high")] == [
+        pytest.approx(difference[k]) for k in ("mean", "low", "high")
+    ]
+
+
 def finished(folder, **figures):
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(figures))
@@ -137,10 +152,14 @@ def test_seconds_of_a_cell_that_was_cut_off(tmp_path):
         ({"tasks": ["real | a | probe.py"]}, "needs 4 parts"),
         ({"reference": "B"}, "none of the methods A"),
         ({"methods": ["A | pretrain.py {lr}"], "rates": [1.0, 2.0]}, "need a select row"),
+        ({"contrasts": ["gap | A - B"]}, "they are A"),
+        ({"contrasts": ["gap | A A"]}, "no sum of methods"),
+        ({"contrasts": ["gap | A -"]}, "no sum of methods"),
     ],
 )
 def test_rows_that_cannot_be_run_are_refused(change, words):
     good = dict(sets=[], methods=["A"], select=[], rates=[], seeds=[0], reference="A", out="x")
+    good |= dict(contrasts=["none | A - A"])
     good |= dict(lspet="l", market="m", coco="c", tasks=["real | a | experiments/probe.py | mAP"])
     compare.check(SimpleNamespace(**good))
     with pytest.raises(UserError, match=words):
