@@ -55,7 +55,7 @@ def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
         (["poses=2", "condition=openpose"], "takes no condition"),
         (["task=people", "persons_train=9", "persons_val=9"], "persons_val=9"),
         (["task=people", "cameras=1"], "cameras"),
-        (["task=people", "height=64", "width=192"], "too wide"),
+        (["task=people", "height=64", "width=192"], "needs width <= 2 height"),
         (["task=people", "model=sd"], "takes no model"),
         (["task=people", "backend=t2i_adapter"], "backend=puppet"),
         (["task=people", f"annotations={tiny / 'poses.json'}"], "annotations"),

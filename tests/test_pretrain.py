@@ -262,4 +262,4 @@ def test_starts_from_its_own_encoder_and_says_which_keys(sets, plain, tmp_path):
     init = f"init={plain}/encoder.safetensors"
     done = run_script("pretrain.py", *arguments(sets, tmp_path / "run", "epochs=1", init))
     assert done.returncode == 0, done.stderr
-    assert "weights used; not used: none; not in the file: none" in done.stdout
+    assert "weights used; not used: none; not in the file: none" in done.stderr
