@@ -155,7 +155,7 @@ class ViT(nn.Module):
     image_size (H, W) in pixels, multiples of patch_size. pos_embed (1, N, D) belongs to the
     patches, special tokens have position zero; fixed in pre-training, trainable downstream.
     drop_path: rate of the last block, rising linearly from 0 over the depth; acts only with noise.
-    checkpoint_activations: recompute blocks in the backward pass, a third slower, far less memory.
+    checkpoint_activations: recompute blocks in the backward pass, a fifth slower, far less memory.
     controller: SOLIDER's, after ¼, ½ and ¾ of the depth; semantic_weight: its λ, None without it.
     """
 

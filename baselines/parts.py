@@ -29,6 +29,7 @@ DATA = dict(
     images=Key([], "picture folder of each (default: `images` beside a file, or its own folder)"),
     check_pictures=Key(True, "look at every picture at the first start", may_change=True),
     max_bad=Key(0, "missing, empty or truncated pictures left out at most, counted", low=0),
+    max_bad_boxes=Key(0, "boxes without area on their picture left out at most, counted", low=0),
     min_score=Key(MIN_SCORE, "joints visible from this score on, where annotations hold scores",
                   "[HRNet] [ViTPose]", low=0.01, high=1),
     height=Key(256, "input height", "[HAP]", low=16),
@@ -45,17 +46,18 @@ def read_pictures(cfg):
     Raises UserError as check_sources and read_people.
     """
     check_sources(cfg)
-    people, left_out = [], 0
+    people, left_out, bad_boxes = [], 0, 0
     for f, path in enumerate(cfg.annotations):
         limits = Limits(
             min_score=cfg.min_score, max_bad=cfg.max_bad - left_out,
-            check_pictures=cfg.check_pictures,
+            max_bad_boxes=cfg.max_bad_boxes - bad_boxes, check_pictures=cfg.check_pictures,
         )  # fmt: skip
         one, notes = read_people(path, cfg.images[f] if cfg.images else None, limits)
         people.append(one)
         left_out += len(notes["bad"])
+        bad_boxes += notes["bad_boxes"]
     n = sum(len(one.files) for one in people)
-    return people, f"{n} people, {left_out} bad pictures left out"
+    return people, f"{n} people, {left_out} bad pictures, {bad_boxes} bad boxes left out"
 
 
 def save(out, encoder, model, optimizer, step, **more):

@@ -9,7 +9,7 @@ the picture's own λ, 0 or 1, gives DINO's targets; the student sees the crops, 
 once more with one body part hidden. The controller in the encoder (model.py) makes λ a dial that
 stays: 0 keeps looks (ReID .2), 1 keeps semantics (attributes, pose .8).
 
-  python baselines/solider.py --cfg configs/solider_demo.yaml     # laptop, three minutes
+  python baselines/solider.py --cfg configs/solider_demo.yaml     # laptop, two minutes
   torchrun --nproc_per_node=8 baselines/solider.py --cfg configs/solider.yaml ...   # GPUs
 
 Kept: DINO with centring and multi-crop; labels at λ = 1: foreground by token norm, three parts in
@@ -28,8 +28,8 @@ tinyvision/SOLIDER:
 - part k is one for all ranks; L_sm is a mean over all ranks' tokens; the rate begins above 0;
 - augmentation and crop shapes are those of all methods here: w/h .375 to .667, there .4 to .6;
   colour jitter as StableRep's, no solarisation.
-λ = 1 pictures alone are hidden parts of and asked for labels, λ = 0 would weigh both with 0; and
-the teacher's two passes are one where λ = 1. Both change no number.
+Only pictures at λ = 1 have a part hidden and are asked for labels: λ = 0 would weigh both with 0.
+The teacher's two passes are one where λ = 1. Neither changes a number.
 
 Prints, at the end: for λ = 0, .25, .5, .75, 1 how far apart parts of one person and same parts of
 different people are (solider_parts.py). Writes encoder.safetensors, semantics.png, semantics.json,

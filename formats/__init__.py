@@ -1,2 +1,3 @@
-"""Readers of official files, each with its refusals. coco.py first: it holds people with joints as
-all others do. joints.py knows the names of joints, weights.py published encoders."""
+"""Readers of official files, each with its refusals. people.py first, which holds people as flat
+arrays, then coco.py, which reads them. joints.py knows the names of joints, weights.py published
+encoders."""

@@ -39,8 +39,9 @@ def read_people(annotations, folder=None, limits=Limits()):  # noqa: B008  a tup
     `folder` holds the pictures; default: `images` beside the JSON, or else its own folder.
     Rows of the first category with keypoints count, or of the first category where none has any.
     Names of joints are respelt as COCO's (joints.joint_name); scores in place of visibilities
-    become such (see `visibility`). Crowds and people with few joints are left out; a person whose
-    `num_keypoints` is 0 has none, whatever is listed (CrowdPose does not count head and neck).
+    become such (see `visibility`). Crowds and people with few joints are left out; where joints
+    are asked for, so is a person whose `num_keypoints` is 0 (CrowdPose does not count head and
+    neck).
     Pictures that are missing, empty, truncated or of another size than the file says are an error
     that names the first. Pictures listed with width and height swapped, as in CrowdPose's old
     files, keep their own size.

@@ -1,7 +1,7 @@
-"""Imported first by every script: Ctrl-C while the libraries load (seconds) ends without a
-traceback.
+"""Imported first by the stages and methods: Ctrl-C ends without a traceback while libraries load.
 
-run_stage gives Ctrl-C its usual meaning back. Text that a terminal cannot show becomes "?".
+Loading takes seconds. run_stage gives Ctrl-C its usual meaning back. Text that a terminal cannot
+show becomes "?".
 """
 
 import _signal  # what `signal` is made of, and there already: importing `signal` takes time

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, kill_after, run_script
 
 import generate
-from baselines import vicreg
+from baselines import parts, vicreg
 from common import load_checkpoint
 from model import load_encoder
 from plumbing.config import read_config
@@ -109,6 +109,20 @@ def test_pictures_without_a_pose_are_refused(poses, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["vicreg.py", *given])
     with pytest.raises(UserError, match="pictures without a pose group"):
         vicreg.main()
+
+
+def test_bad_boxes_are_left_out_as_the_refusal_advises(poses):
+    document = json.loads(Path(poses).read_text())
+    for row in document["annotations"][:2]:
+        row["bbox"][2] = 0
+    bad = Path(poses).parent / "boxes.json"
+    bad.write_text(json.dumps(document))
+    words = [f"annotations={bad}", *SMALL.split()]
+    with pytest.raises(UserError, match="mend it or allow max_bad_boxes=2"):
+        parts.read_pictures(read_config(vicreg.KEYS, "", words))
+    words.append("max_bad_boxes=2")
+    (people,), about = parts.read_pictures(read_config(vicreg.KEYS, "", words))
+    assert len(people.files) == 30 and "2 bad boxes" in about
 
 
 @pytest.mark.parametrize(
