@@ -100,10 +100,9 @@ class Crops(PretrainPictures):
             maker, low, high = self, self.options.crop_min, 1.0
             if small:
                 maker, (low, high) = self.small, self.local[2]
-            # A crop of at most `high` of the region: cut from a region that is smaller by √high.
-            place = part_of(region, high)
-            left, top, w, h = random_crop(*place[2:], low / high, maker.size[1] / maker.size[0])
-            box = place[0] + left, place[1] + top, w, h
+            shape = maker.size[1] / maker.size[0]
+            left, top, w, h = random_crop(*region[2:], low, shape, high)
+            box = region[0] + left, region[1] + top, w, h
             sample = maker.augment(picture, box, self.keypoints[f][row], mirrored)
             out["local" if small else "image"].append(sample["image"])
             if not small:
@@ -112,17 +111,6 @@ class Crops(PretrainPictures):
             out["mirrored"].append(torch.tensor(mirrored))
         out = {name: torch.stack(values) for name, values in out.items() if values}
         return out | {"pose_id": self.pose_id[index], "index": index}
-
-
-def part_of(region, share):
-    """A random (x, y, w, h) inside the region, of its shape and `share` of its area."""
-    if share >= 1:
-        return region
-    x, y, w, h = region
-    side = math.sqrt(share)
-    pw, ph = max(1, round(w * side)), max(1, round(h * side))
-    across, down = torch.rand(2).tolist()
-    return x + int(across * (w - pw + 1)), y + int(down * (h - ph + 1)), pw, ph
 
 
 def at_size(encoder, size):

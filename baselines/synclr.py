@@ -26,8 +26,8 @@ Deviations:
               exp(cosine / .04) cannot overflow
   masks       in blocks [iBOT], filled at random to exactly the ratio, so that shapes stay the same;
               data.block_mask's smallest block is 12 patches. mask=random: the release's command
-  which half  of every caption's pictures, drawn anew; the release's first half of a batch comes to
-              the same share of each caption
+  which half  of every caption's pictures, drawn anew (2 of 5); the release's first half of a batch
+              comes to the same share of each caption
   colours     StableRep's jitter, grey, blur; the release blurs always, or rarely and solarizes
   export      the student; where SynCLR's weights come from, its release does not say
 

@@ -35,8 +35,10 @@ class ReID(nn.Module):
         self.neck = GlobalBatchNorm(width) if neck else nn.Identity()
         if neck:
             self.neck.bias.requires_grad_(False)  # [BoT]
-        self.classifier = nn.Linear(width, people, bias=False)
+        self.classifier = nn.Linear(width, people, bias=not neck)  # [BoT] none behind the neck
         nn.init.normal_(self.classifier.weight, std=0.001)  # [BoT]
+        if not neck:
+            nn.init.zeros_(self.classifier.bias)  # [MALE]
 
     def forward(self, images, drop_noise=None):
         """images (B, 3, H, W) normalised, drop_noise (2·depth, B) or None → feature (B, D) for the

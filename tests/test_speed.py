@@ -17,6 +17,7 @@ import common
 import data
 import losses
 import model
+from baselines.parts import Crops
 from formats.coco import read_people
 from formats.joints import COCO_JOINTS
 from plumbing.pictures import load_picture
@@ -74,13 +75,10 @@ def test_resize_equals_pillow_up_to_rounding(tmp_path):
         assert gap.max() <= 2 and (gap > 1).float().mean() < 0.002  # grey levels of 255
 
 
-def test_crop_has_the_distribution_of_torchvision():
-    """Share of the area, ratio and place: 4,000 draws of each differ by less than chance allows."""
-    torch.manual_seed(0)
-    w, h, n = 130, 250, 4000
-    ours = torch.tensor([data.random_crop(w, h, 0.8, 0.5) for _ in range(n)], dtype=torch.float64)
-    region = torch.empty(1, h, w)
-    theirs = [RandomResizedCrop.get_params(region, (0.8, 1.0), (0.375, 2 / 3)) for _ in range(n)]
+def same_distribution_as_torchvision(ours, w, h, share):
+    """Area, ratio and place of n rectangles (n, 4) differ by less than chance allows."""
+    n, region = len(ours), torch.empty(1, h, w)
+    theirs = [RandomResizedCrop.get_params(region, share, (0.375, 2 / 3)) for _ in range(n)]
     theirs = torch.tensor(
         [(left, top, cw, ch) for top, left, ch, cw in theirs], dtype=torch.float64
     )
@@ -97,6 +95,22 @@ def test_crop_has_the_distribution_of_torchvision():
         below = [torch.searchsorted(x, everywhere, right=True) for x in (a, b)]
         gap = (below[0] - below[1]).abs().max() / n
         assert gap < 1.95 * (2 / n) ** 0.5, name  # Kolmogorov-Smirnov, once in a thousand
+
+
+@pytest.mark.parametrize("w, h, low, high", [(130, 250, 0.8, 1.0), (200, 256, 0.08, 0.32)])
+def test_crop_has_the_distribution_of_torchvision(w, h, low, high):
+    torch.manual_seed(0)
+    ours = [data.random_crop(w, h, low, 0.5, high) for _ in range(4000)]
+    same_distribution_as_torchvision(torch.tensor(ours, dtype=torch.float64), w, h, (low, high))
+
+
+def test_small_crops_of_the_neighbours_lie_anywhere_in_the_region(tmp_path):
+    people, options = a_set(tmp_path), data.Augmentation(region="box", box_padding=1.0)
+    crops = Crops([people], (32, 16), 0, options, globals_=1, local=(40, (32, 16), (0.08, 0.32)))
+    x, y, w, h = (int(v) for v in data.padded_box(people.boxes[0], 1.0, people.size[0]))
+    ours = torch.cat([crops[(epoch, 0)]["box"][1:] for epoch in range(25)]).double()
+    ours -= torch.tensor([x, y, 0, 0])
+    same_distribution_as_torchvision(ours, w, h, (0.08, 0.32))
 
 
 NARROW = [((300, 20), (143, 0, 13, 20)), ((20, 300), (0, 123, 20, 53))]
