@@ -164,7 +164,8 @@ class Generator(nn.Module):
         layers = []
         for _ in range(2):
             layers.append(nn.Upsample(scale_factor=2))
-            # [MUNIT]'s layer norm: over channels and places of a picture
+            # [MUNIT]'s layer norm: over channels and places of a picture. Its scale starts at 1,
+            # there uniformly in 0 to 1.
             layers.append(block(width, width // 2, 5, norm=lambda n: nn.GroupNorm(1, n)))
             width //= 2
         layers += [block(width, width, 3), block(width, width, 3), nn.Conv2d(width, 3, 1)]

@@ -12,8 +12,10 @@ Kept     two crops of a picture; the first is the query, the second goes through
          an optimiser of its own, LSGAN, one step each. L_adv trains the encoder: that is the
          method.
 Deviates
-- A ViT instead of ResNet-50. The pooled feature is [CLS] (pooled=mean: the mean of the patches,
-  nearer to the release's mean over its map): the other methods here train [CLS], and ReID reads it.
+- A ViT, by default from random weights, instead of ImageNet's ResNet-50. The pooled feature is
+  [CLS] (pooled=mean: the mean of the patches, nearer to the release's mean over its map): the other
+  methods here train [CLS], and ReID reads it.
+- Crops of a person's box with w/h .375 to .667; the release's are square, .75 to 1.33.
 - The 3-D bodies are drawn from the puppet's joint limits, random in yaw, with bone lengths that
   vary alike on both sides. The release's file comes from licensed motion capture.
 - KCS over the 16 bones of the tree. The release's 15 join the left ankle to the belly and leave

@@ -23,11 +23,13 @@ tinyvision/SOLIDER:
   foreground would be chance;
 - 2-means of the norms is exact (sorted), 3-means starts from thirds of the foreground by height,
   all on the device; there scikit-learn clusters each picture on the CPU;
-- controllers that init= does not hold begin as x → x; there they begin by shrinking x to .69;
-- a step without any foreground has no L_sm; there all its tokens are taught to be background;
+- controllers that init= does not hold begin as x → x; there, from scratch, by shrinking x to .69,
+  and a DINO start has trained them at λ = 0; init= brings the encoder alone, there both heads too;
+- a step without any foreground has no L_sm; there it ends with an error;
 - part k is one for all ranks; L_sm is a mean over all ranks' tokens; the rate begins above 0;
 - augmentation and crop shapes are those of all methods here: w/h .375 to .667, there .4 to .6;
-  colour jitter as StableRep's, no solarisation.
+  colour jitter as StableRep's, no solarisation; every crop is blurred with p .5, there 1, .1, .5;
+- no weight decay on tokens either.
 Only pictures at λ = 1 have a part hidden and are asked for labels: λ = 0 would weigh both with 0.
 The teacher's two passes are one where λ = 1. Neither changes a number.
 
@@ -116,7 +118,7 @@ KEYS = dict(
     blr=Key(5e-4, "base learning rate; lr = blr · batch / 256", "[DINO]", low=0),
     controller_lr=Key(1.0, "the controllers' learning rate, as a multiple", "[SOLIDER] 1", low=0),
     min_lr=Key(1e-6, "learning rate at the end", "[DINO]", low=0),
-    weight_decay=Key(0.04, "AdamW weight decay at the start", "[DINO]", low=0),
+    weight_decay=Key(0.04, "AdamW weight decay at first, none on 1-D parameters", "[DINO]", low=0),
     weight_decay_end=Key(0.4, "and at the end, on a cosine", "[DINO]", low=0),
     clip_grad=Key(3.0, "largest norm of each parameter's gradient; 0: no clip", "[DINO]", low=0),
 ) | MACHINE  # fmt: skip

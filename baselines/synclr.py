@@ -29,6 +29,7 @@ Deviations:
   which half  of every caption's pictures, drawn anew (2 of 5); the release's first half of a batch
               comes to the same share of each caption
   colours     StableRep's jitter, grey, blur; the release blurs always, or rarely and solarizes
+  decay       none on tokens; there only 1-D parameters are spared
   export      the student; where SynCLR's weights come from, its release does not say
 
 Legend: B pictures on this rank, M on all · P of a caption · l local crops · N patches, n of them
@@ -96,7 +97,7 @@ KEYS = dict(out=Key("runs/synclr", "run folder")) | parts.DATA | dict(
     warmup_epochs=Key(0.5, "linear warm-up", "[SynCLR]", low=0),
     blr=Key(7.5e-5, "base learning rate; lr = blr · batch / 256",
             "[SynCLR] 1.5e-4, which its formula halves", low=0),
-    weight_decay=Key(0.1, "AdamW weight decay, not on 1-D parameters", "[SynCLR]", low=0),
+    weight_decay=Key(0.1, "AdamW weight decay, none on 1-D parameters", "[SynCLR]", low=0),
     beta2=Key(0.98, "AdamW β2 (β1 = .9)", "[SynCLR]", low=0, high=0.99999),
     clip_grad=Key(0.0, "largest gradient norm; 0 = no clipping", "[SynCLR]", low=0),
 ) | MACHINE  # fmt: skip

@@ -32,7 +32,7 @@ from plumbing.config import MACHINE, Key, read_config
 
 # 1. Keys: what stands here can be set, is checked, and is written to config.yaml.
 KEYS = dict(out=Key("runs/vicreg", "run folder")) | parts.DATA | dict(
-    batch=Key(2048, "pictures in a global batch: two of each pose", "[VICReg]", low=4),
+    batch=Key(4096, "pictures in a global batch: two of each pose", "[VICReg] 2,048 pairs", low=4),
     expander=Key(8192, "width of the expander", "[VICReg]", low=1),
     epochs=Key(100, "passes over the data", "[VICReg]", low=1),
     blr=Key(1.5e-4, "base learning rate; lr = blr · batch / 256", "ours: AdamW's", low=0),

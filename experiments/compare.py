@@ -17,7 +17,8 @@ A cell that is done is not repeated, one that was killed goes on where it was: t
 on. Seeds come one after the other, and the tables are written after each. A cell that fails is
 named and not counted; so are the cells that need it. {lr} runs over `rates` with the first seed; a
 method's rate is the best by the mean of the `select` metrics, and never by what is reported. A
-method whose command has no {lr} has nothing to choose.
+method whose command has no {lr} has nothing to choose. Several machines share the work by seeds:
+seeds=0 on the first, then on each of the others its seeds and earlier= the first one's table.json.
 """
 
 import sys
@@ -58,6 +59,8 @@ KEYS = dict(
               may_change=True),
     contrasts=Key([], "rows: name | methods with + or - between them", may_change=True),
     reference=Key("GenPoCCL", "the method that others are compared with", may_change=True),
+    earlier=Key([], "table.json files of the same rows with other seeds: their rates are kept, "
+                "their seeds join the tables", may_change=True),
     jobs=Key(2, "cells at a time; each has its share of the cores", low=1, may_change=True),
 )  # fmt: skip
 
@@ -87,23 +90,27 @@ def main():
     cfg = read_config(KEYS, __doc__)
     cfg.out = os.path.abspath(cfg.out)
     methods, select, tasks = check(cfg)
+    earlier = tables.read_earlier(cfg.earlier, cfg.seeds, raw_rows(cfg))
     common.open_run(cfg, KEYS, common.start_ranks("cpu"))
     work = Work(cfg)
     with work:
         for name, command in rows_of(cfg.sets, 2):  # one may read what another wrote
             work.run([Cell(work.out / "sets" / name, filled(cfg, command))])
         first = cfg.seeds[0]
-        tried = {m.name: cfg.rates if "{lr}" in m.command else [None] for m in methods}
-        work.run(work.training(m, lr, first) for m in methods for lr in tried[m.name])
-        trials = [(m, lr) for m in methods for lr in tried[m.name] if len(tried[m.name]) > 1]
-        work.run(work.selecting(row, m, lr) for m, lr in trials for row in select)
-        rates = {m.name: choose(work, m, tried[m.name], select) for m in methods}
+        if earlier:
+            rates = tables.rates_of(earlier[0])
+        else:
+            tried = {m.name: cfg.rates if "{lr}" in m.command else [None] for m in methods}
+            work.run(work.training(m, lr, first) for m in methods for lr in tried[m.name])
+            trials = [(m, lr) for m in methods for lr in tried[m.name] if len(tried[m.name]) > 1]
+            work.run(work.selecting(row, m, lr) for m, lr in trials for row in select)
+            rates = {m.name: choose(work, m, tried[m.name], select) for m in methods}
         for seed in cfg.seeds:
-            if seed != first:
+            if earlier or seed != first:
                 work.run(work.training(m, rates[m.name]["rate"], seed) for m in methods)
             cells = [(row, m, rates[m.name]["rate"]) for m in methods for row in tasks]
             work.run(work.reporting(*cell, seed) for cell in cells)
-            report(cfg, work, methods, tasks, rates)
+            report(cfg, work, methods, tasks, rates, earlier)
 
 
 # ----------------------------------------------------------------------------------------- the rows
@@ -148,6 +155,11 @@ def check(cfg):
             if not (ROOT / script).is_file():
                 raise UserError(f'row "{command:.60}": no script {script} in this repository')
     return methods, select, tasks
+
+
+def raw_rows(cfg):
+    """The rows as the config has them, which two tables must share to be joined."""
+    return {name: getattr(cfg, name) for name in ("sets", "methods", "select", "tasks")}
 
 
 def read_contrasts(cfg, methods):
@@ -337,18 +349,19 @@ def choose(work, method, rates, select):
     return {"rate": best, "scores": scores}
 
 
-def report(cfg, work, methods, tasks, rates):
+def report(cfg, work, methods, tasks, rates, earlier):
     """table.json, table.md, table.png, and the text on the screen."""
     columns = []
     for row in tasks:
         for metric in row.metrics:
             values, done = {}, []
             for method in methods:
+                values[method.name] = tables.earlier_values(earlier, row.name, metric, method.name)
                 rate = rates[method.name]["rate"]
                 folders = {seed: work.reported(row, method, rate, seed) for seed in cfg.seeds}
                 done += [folder for folder in folders.values() if (folder / "done").exists()]
                 found = {seed: metric_of(folder, metric) for seed, folder in folders.items()}
-                values[method.name] = {s: v for s, v in found.items() if v is not None}
+                values[method.name] |= {s: v for s, v in found.items() if v is not None}
             if done and not any(values.values()):
                 has = ", ".join(tables.figures_of(done[0]))
                 work.failed[f"tasks/{row.name}"] = f"no cell has a figure {metric}; there are {has}"
@@ -358,7 +371,7 @@ def report(cfg, work, methods, tasks, rates):
             columns.append(column)
     seconds, costs = tables.seconds_of(work.out / "times.jsonl"), {}
     for method in methods:
-        row = dict(pictures=None, views=None, parameters=None, seconds=None, cut=False)
+        row = tables.cost_before(earlier, method.name)
         rate = rates[method.name]["rate"]
         folders = [work.trained(method, rate, seed) for seed in cfg.seeds]
         folders = [folder for folder in folders if (folder / "done").exists()]
@@ -368,10 +381,11 @@ def report(cfg, work, methods, tasks, rates):
             row["seconds"] = sum(s for s, _ in own) / len(own)
             row["cut"] = any(cut for _, cut in own)
         costs[method.name] = row | rates[method.name]
-    result = dict(reference=cfg.reference, seeds=cfg.seeds, jobs=cfg.jobs, methods=costs)
-    result |= dict(columns=columns, failed=work.failed)
-    rows = "sets", "methods", "select", "tasks", "contrasts"
-    result["config"] = {name: getattr(cfg, name) for name in rows}
+    seeds = sorted(set(cfg.seeds).union(*map(tables.seeds_in, earlier)))
+    failed = {name: why for table in earlier for name, why in table["failed"].items()}
+    result = dict(reference=cfg.reference, seeds=seeds, jobs=cfg.jobs, methods=costs)
+    result |= dict(columns=columns, failed=failed | work.failed)
+    result["config"] = raw_rows(cfg) | {"contrasts": cfg.contrasts}
     common.write_json(work.out / "table.json", result)
     text = tables.markdown(result)
     common.write_atomic(work.out / "table.md", lambda part: part.write_text(text))

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from scipy import stats
 
 from drawing.curves import COLOURS, read_run
+from plumbing.errors import UserError
 from plumbing.files import read_json, regular, write_atomic
 
 # ------------------------------------------------------------------------------ numbers of a column
@@ -101,6 +102,59 @@ def seconds_of(path):
     return {name: (value, open_[name] > 0) for name, value in seconds.items()}
 
 
+# ------------------------------------------------------------------------- tables of other machines
+
+
+def read_earlier(paths, seeds, rows):
+    """Files table.json → their contents; UserError where rows, rates or seeds do not fit together.
+
+    seeds: those that this run makes; rows: {sets, methods, select, tasks} of its config.
+    """
+    found, taken = [], dict.fromkeys(seeds, "seeds=")
+    for path in paths:
+        table = read_json(path)
+        if not isinstance(table, dict) or not {"config", "methods", "columns"} <= set(table):
+            raise UserError(f"earlier={path} is no table.json of experiments/compare.py")
+        for name, own in rows.items():
+            if table["config"][name] != own:
+                raise UserError(f"earlier={path} has other {name} than this config, so its seeds "
+                                "cannot join the tables")  # fmt: skip
+        for seed in seeds_in(table):
+            if seed in taken:
+                raise UserError(f"seed {seed} of earlier={path} is also in {taken[seed]}")
+            taken[seed] = path
+        if rates_of(table) != rates_of((found or [table])[0]):
+            raise UserError(f"earlier={path} has other rates than {paths[0]}")
+        found.append(table)
+    return found
+
+
+def seeds_in(table):
+    """The seeds of a table.json that have figures."""
+    rows = [row for column in table["columns"] for row in column["rows"].values()]
+    return {int(seed) for row in rows for seed in row["values"]}
+
+
+def rates_of(table):
+    """{method: {"rate": what was chosen, "scores": {rate: validation score}}} of a table.json."""
+    return {name: {k: row[k] for k in ("rate", "scores")} for name, row in table["methods"].items()}
+
+
+def cost_before(earlier, method):
+    """What the earlier tables say of a method's pre-training, in the keys of `cost_of` and more."""
+    if earlier:
+        return dict(earlier[-1]["methods"][method])
+    return dict(pictures=None, views=None, parameters=None, seconds=None, cut=False)
+
+
+def earlier_values(earlier, task, metric, method):
+    """{seed: figure} of a method in the column of a task's metric."""
+    columns = [column for table in earlier for column in table["columns"]]
+    columns = [column for column in columns if (column["task"], column["metric"]) == (task, metric)]
+    rows = [column["rows"].get(method, {"values": {}}) for column in columns]
+    return {int(seed): value for row in rows for seed, value in row["values"].items()}
+
+
 # --------------------------------------------------------------------------------- text and picture
 
 
@@ -152,7 +206,7 @@ def markdown(result):
         counts = [f"{row[n]:,}" if row[n] else "–" for n in ("pictures", "views", "parameters")]
         rate = "–" if row["rate"] is None else f"{row['rate']:g}"
         lines.append(f"| {method} | " + " | ".join([*counts, seconds, rate]) + " |")
-    lines += ["", f"Seconds: mean of the counted seeds, {result['jobs']} cells at a time.", ""]
+    lines += ["", f"Seconds: mean of the last run's seeds, {result['jobs']} cells at a time.", ""]
     if result["failed"]:
         lines += ["## Failed, not counted", ""]
         lines += [f"- {name}: {why}" for name, why in result["failed"].items()] + [""]

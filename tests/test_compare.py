@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 import math
+import re
 import shlex
 import signal
 import sys
@@ -164,6 +165,55 @@ def test_rows_that_cannot_be_run_are_refused(change, words):
     compare.check(SimpleNamespace(**good))
     with pytest.raises(UserError, match=words):
         compare.check(SimpleNamespace(**(good | change)))
+
+
+def test_seeds_of_two_machines_join_to_the_table_of_one(tmp_path, monkeypatch):
+    """One runs seeds 0 and 1; another seed 0, and a third seed 1 with the table of that one."""
+    ran = []
+
+    def pretended(work, cell):
+        seed, words = int(cell.command.rsplit("=", 1)[1]), cell.command.split()
+        lr = float(words[1].split("=")[1]) if words[0] == "pretrain.py" else None
+        ran.append((lr, seed))
+        if lr:
+            work.note(str(cell.folder.relative_to(work.out)), seconds=1.0)
+            cell.folder.mkdir(parents=True)
+            save_file({"w": torch.zeros(1)}, cell.folder / "encoder.safetensors")
+            (cell.folder / "log.jsonl").write_text('{"step": 5}')
+            (cell.folder / "config.yaml").write_text("batch: 4")
+            (cell.folder / "done").touch()
+            return
+        lr = re.search(r"lr_([\d.]+)", cell.command)
+        finished(cell.folder, mAP=float(lr[1] if lr else 0) * 10 + seed / 10)
+
+    monkeypatch.setattr(compare.Work, "run_cell", pretended)
+    rows = ["methods=scratch,A | pretrain.py blr={lr}", "reference=scratch", "rates=0.01,0.02"]
+    rows += ["select=val | finetune_reid.py encoder={encoder} | mAP"]
+    rows += ["tasks=real | reid | finetune_reid.py encoder={encoder} | mAP"]
+
+    def table(name, *words):
+        out = tmp_path / name
+        monkeypatch.setattr(sys, "argv", ["compare.py", *rows, f"out={out}", *words])
+        compare.main()
+        return json.loads((out / "table.json").read_text())
+
+    whole, first = table("both", "seeds=0,1"), table("one", "seeds=0")
+    ran.clear()
+    joined = table("two", "seeds=1", f"earlier={tmp_path}/one/table.json")
+    assert {seed for _, seed in ran} == {1} and {lr for lr, _ in ran} == {None, 0.02}
+    assert joined["columns"] == whole["columns"] != first["columns"]
+    assert joined["seeds"] == [0, 1] and joined["methods"]["A"]["scores"] == {
+        "0.01": 0.1,
+        "0.02": 0.2,
+    }
+    assert joined["columns"][0]["rows"]["A"]["values"] == {"0": 0.2, "1": pytest.approx(0.3)}
+    for words, why in (
+        (["seeds=0"], "seed 0 of earlier"),
+        (["seeds=1", "tasks=real | reid | finetune_reid.py epochs=2 | mAP"], "has other tasks"),
+    ):
+        with pytest.raises(UserError, match=why):
+            table("three", *words, f"earlier={tmp_path}/one/table.json")
+    assert not (tmp_path / "three").exists()
 
 
 # ------------------------------------------------------------------------------------------- parts
