@@ -1,7 +1,7 @@
 """Stage 3a of GenPoCCL: encoder → 2-D pose, top-down, one heat map per joint [ViTPose, HAP].
 
 Inputs   people with joints (COCO keypoint JSON of any joint set, or MPII's list) and an encoder:
-         ours, MAE's, HAP's, timm's or torchvision's ViT, or none (from scratch).
+         ours, MAE's, HAP's or another published ViT, or none (from scratch).
 Outputs  in `out`: model.safetensors (encoder + head), encoder.safetensors, metrics.json (OKS-AP/AR,
          PCK, PCKh), results.json (COCO's format), overlays.png (truth beside prediction), pck.png,
          curves.png, last.pt, log.jsonl, config.yaml; with predict=: predictions.json, overlays.png.

@@ -73,7 +73,7 @@ KEYS = dict(
     size=Key("base", "encoder size", "[HAP]", tuple(SIZES)),
     patch=Key(16, "patch side in pixels", "[MAE]", low=1),
     pose_token=Key(True, "a second token, [POSE]", "[paper]"),
-    init=Key(None, "weights to start from: ours, MAE, HAP, timm, torchvision",
+    init=Key(None, "weights to start from: ours, MAE, HAP, timm, torchvision, DINOv2 …",
              "[HAP] starts from MAE ViT-B"),
     views=Key(2, "independent maskings of each picture", "[HAP]", (1, 2)),
     mask=Key("part", "part: part-guided [HAP]; random [MAE]; none [StableRep]", "[HAP]",

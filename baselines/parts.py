@@ -36,7 +36,7 @@ DATA = dict(
     width=Key(128, "input width", "[HAP]", low=16),
     size=Key("base", "encoder size", "[HAP]", tuple(SIZES)),
     patch=Key(16, "patch side in pixels", "[MAE]", low=1),
-    init=Key(None, "encoder weights to start from: ours, MAE, HAP, timm, torchvision"),
+    init=Key(None, "encoder weights to start from: ours, MAE, HAP, timm, torchvision …"),
 )  # fmt: skip
 
 

@@ -304,7 +304,7 @@ def caption_loss(anchors, candidates, positive, column, tau):
 
 
 def sinkhorn(logits):
-    """Sinkhorn-Knopp [SwAV, SynCLR]: (n, K) float32 → targets (n, K) ≥ 0, every row of sum 1.
+    """Sinkhorn-Knopp [SynCLR], SwAV's: (n, K) float32 → targets (n, K) ≥ 0, every row of sum 1.
 
     The logits' exponentials, scaled in turns until all prototypes get equal shares of the patches
     of all ranks, and every patch is shared out once. Without it one prototype could take all.

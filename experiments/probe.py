@@ -14,7 +14,7 @@ Outputs  in `out`: probe.json, probe.png, config.yaml; one table on the screen.
 
 Poses are compared in their boxes' frame: xy from the box's centre over its longer side. OKS with
 COCO's σ and .53 of the box's area; PCK within a tenth of the box's longer side. A joint that the
-found person lacks is wrong. Beside every figure: chance, and the best that is possible.
+found person lacks is wrong. Beside (a), (d), (e), (f): chance, and the best possible.
 """
 
 import sys

@@ -1,5 +1,5 @@
-"""Encoders from files: published ViT weights (MAE, HAP, timm, torchvision, DINOv2) and our own,
-which know their shape.
+"""Encoders from files: published ViT weights (MAE, HAP, timm, torchvision, DINOv2, transformers)
+and our own, which know their shape.
 
 Legend: D width · N patches · h, w patch grid · H, W picture.
 """
@@ -108,7 +108,7 @@ def checked_weights(vit, state, path, grid):
     source = {our_name(name): (name, value) for name, value in state.items()}
     found = {name: value for name, (_, value) in source.items() if name in own}
     if not {"pos_embed", "cls_token", "patch_embed.proj.weight"} <= set(found):
-        layouts = "MAE, HAP, timm, torchvision or our layout"
+        layouts = "MAE, HAP, timm, torchvision, DINOv2, transformers or our layout"
         raise UserError(f"{path} holds no ViT encoder in {layouts}; check the file")
     check_shape(vit, source, found, path)
     cls_position, found["pos_embed"] = resized_positions(found["pos_embed"], vit.grid, grid, path)
