@@ -189,7 +189,8 @@ class PoseModel(nn.Module):
         """images (B, 3, H, W) normalised, drop_noise (2·depth, B) → heat maps (B, K, h, w)."""
         x = self.encoder(images, drop_noise=drop_noise)  # (B, S + patches, D)
         special, patches = x.tensor_split([self.encoder.n_special], 1)
-        # paper silent: how [POSE] takes part downstream. HAP drops [CLS].
+        # paper silent: how [POSE] takes part downstream. deviates from [ViTPose] and [HAP]: no
+        # special token enters their encoder; here patches attend to them, even if they are dropped.
         if self.tokens == "add":
             patches = patches + special[:, 1:]
         elif self.tokens == "add_cls_pose":
@@ -241,7 +242,7 @@ def heat_maps(keypoints, size, map_size, sigma=2.0):
     """UDP targets: keypoints (B, K, 3) input px and visibility → maps (B, K, h, w), weight (B, K).
 
     Maps have peak 1; a Gaussian's centre is not rounded. Weights are 0 or 1: a joint counts not if
-    it is missing or if its 3σ square misses the map [HRNet].
+    it is missing or if its 3σ square misses the map [HRNet, whose rounding is 1 to 3 px laxer].
     deviates from [HRNet]: Gaussians are not cut off at 3σ (there they are 0.011).
     """
     (H, W), (h, w) = size, map_size

@@ -36,8 +36,10 @@ class ReID(nn.Module):
         if neck:
             self.neck.bias.requires_grad_(False)  # [BoT]
         self.classifier = nn.Linear(width, people, bias=not neck)  # [BoT] none behind the neck
-        nn.init.normal_(self.classifier.weight, std=0.001)  # [BoT]
-        if not neck:
+        if neck:
+            nn.init.normal_(self.classifier.weight, std=0.001)  # [BoT]
+        else:
+            nn.init.trunc_normal_(self.classifier.weight, std=0.02)  # [MALE] timm's
             nn.init.zeros_(self.classifier.bias)  # [MALE]
 
     def forward(self, images, drop_noise=None):
