@@ -32,6 +32,7 @@ from tqdm import tqdm
 from plumbing import errors
 from plumbing.errors import Stopped, UserError, and_more, run_stage
 from plumbing.files import (
+    is_part,
     load_checkpoint,
     load_weights,
     read_text,
@@ -83,7 +84,8 @@ def start_ranks(device="auto", precision="auto"):
     mantissa and which torch allows in these two by default. For speed there is bf16 (see autocast).
     Raises UserError for a GPU that is not there, and for precision=bf16 on a GPU without it.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    with errors.reading("RANK and WORLD_SIZE", "what torchrun sets"):
+        rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
@@ -222,7 +224,7 @@ def open_run(cfg, keys, ranks):
         out.mkdir(parents=True, exist_ok=True)
         lock(out)
         state = look_into(cfg, keys)  # another run may have been first
-        for part in out.glob(".*.part"):  # what a kill left behind, see write_atomic
+        for part in filter(is_part, out.iterdir()):  # what a kill left behind, see write_atomic
             part.unlink()
         if state == "new":
             values = {name: getattr(cfg, name) for name in keys}
@@ -250,8 +252,8 @@ def resume(path, model, optimizer, earlier=None):
         path, kind = earlier, "a finished run's checkpoint"
     elif not Path(path).exists():
         return {"step": 0}
-    state = load_checkpoint(path)
     with errors.reading(path, kind):
+        state = load_checkpoint(path, kind)
         load_weights(model, state.pop("model"), path)
         optimizer.load_state_dict(state.pop("optimizer"))
         state["step"] = int(state["step"])

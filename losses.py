@@ -162,7 +162,7 @@ def take_patches(patches, ids):
     (B, N, C), rows = patches.shape, len(ids)
     picture = torch.arange(rows, device=ids.device).remainder(B)
     place = (picture[:, None] * N + ids).flatten()
-    return patches.view(-1, C).index_select(0, place).view(rows, -1, C)
+    return patches.reshape(-1, C).index_select(0, place).view(rows, -1, C)
 
 
 def unpatchify(patches, grid, patch_size):

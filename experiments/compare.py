@@ -96,17 +96,16 @@ def main():
     with work:
         for name, command in rows_of(cfg.sets, 2):  # one may read what another wrote
             work.run([Cell(work.out / "sets" / name, filled(cfg, command))])
-        first = cfg.seeds[0]
         if earlier:
             rates = tables.rates_of(earlier[0])
         else:
             tried = {m.name: cfg.rates if "{lr}" in m.command else [None] for m in methods}
-            work.run(work.training(m, lr, first) for m in methods for lr in tried[m.name])
+            work.run(work.training(m, lr, cfg.seeds[0]) for m in methods for lr in tried[m.name])
             trials = [(m, lr) for m in methods for lr in tried[m.name] if len(tried[m.name]) > 1]
             work.run(work.selecting(row, m, lr) for m, lr in trials for row in select)
             rates = {m.name: choose(work, m, tried[m.name], select) for m in methods}
         for seed in cfg.seeds:
-            if earlier or seed != first:
+            if earlier or seed != cfg.seeds[0]:
                 work.run(work.training(m, rates[m.name]["rate"], seed) for m in methods)
             cells = [(row, m, rates[m.name]["rate"]) for m in methods for row in tasks]
             work.run(work.reporting(*cell, seed) for cell in cells)
@@ -133,8 +132,8 @@ def check(cfg):
     methods = [Method(*[*parts, ""][:2]) for parts in rows_of(cfg.methods, 1, 2)]
     select = [Row("", n, c, [m]) for n, c, m in rows_of(cfg.select, 3)]
     tasks = [Row(t, n, c, m.split()) for t, n, c, m in rows_of(cfg.tasks, 4)]
-    if not methods or not tasks or not cfg.seeds:
-        raise UserError("methods=, tasks= and seeds= must name something; see configs/compare_*")
+    if not methods or not tasks or not cfg.seeds or not all(row.metrics for row in tasks):
+        raise UserError("methods=, tasks=, metrics, seeds= must name something; see --help")
     names = [m.name for m in methods], [r.name for r in tasks], [r.name for r in select]
     read_contrasts(cfg, methods)
     for group in (*names, [name for name, _ in sets]):
@@ -148,12 +147,12 @@ def check(cfg):
         raise UserError(f"{chosen[0]} has {{lr}}, but rates= is empty")
     if chosen and len(cfg.rates) > 1 and not select:
         raise UserError("several rates= need a select row, a validation task that chooses")
-    for command in [c for _, c in sets] + [r.command for r in (*methods, *select, *tasks)]:
-        if command:
-            filled(cfg, command, lr=0.0, encoder="none", seed=0)
-            script = command.split()[0]
-            if not (ROOT / script).is_file():
-                raise UserError(f'row "{command:.60}": no script {script} in this repository')
+    commands = [c for _, c in sets] + [r.command for r in (*methods, *select, *tasks)]
+    for command in filter(None, commands):
+        with common.errors.reading(f"row {command!r:.60}", "a command line"):
+            script = shlex.split(filled(cfg, command, lr=0.0, encoder="none", seed=0))[0]
+        if not (ROOT / script).is_file():
+            raise UserError(f'row "{command:.60}": no script {script} in this repository')
     return methods, select, tasks
 
 
@@ -184,7 +183,7 @@ def filled(cfg, command, **more):
         if found[1] not in places:
             known = ", ".join(places)
             raise UserError(f"{found[0]} in row {command!r:.60} is unknown here; known: {known}")
-        return str(places[found[1]])
+        return shlex.quote(str(places[found[1]]))  # a path may hold spaces
 
     return re.sub(r"\{(\w+)\}", put, command)
 

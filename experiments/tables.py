@@ -66,11 +66,13 @@ def contrasts(values, sums):
 
 
 def figures_of(folder):
-    """metrics.json of a task, or the one encoder's figures of probe.json."""
+    """The numbers of a task's metrics.json, or of the one encoder in probe.json."""
     if (Path(folder) / "metrics.json").exists():
-        return read_json(Path(folder) / "metrics.json")
-    found = read_json(Path(folder) / "probe.json")
-    return next(row for name, row in found.items() if name not in ("chance", "best possible"))
+        found = read_json(Path(folder) / "metrics.json")
+    else:
+        rows = read_json(Path(folder) / "probe.json").items()
+        found = next(row for name, row in rows if name not in ("chance", "best possible"))
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
 
 
 def cost_of(folder):
@@ -95,7 +97,10 @@ def seconds_of(path):
     """times.jsonl → {folder: (seconds, was it ever cut off?)}."""
     seconds, open_ = {}, {}
     for line in Path(path).read_text().splitlines() if Path(path).exists() else []:
-        row = json.loads(line)
+        try:
+            row = json.loads(line)
+        except ValueError:  # cut off by a full disk or a power cut
+            continue
         name = row["folder"]
         open_[name] = open_.get(name, 0) + (1 if "seconds" not in row else -1)
         seconds[name] = seconds.get(name, 0.0) + row.get("seconds", 0.0)

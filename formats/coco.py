@@ -26,6 +26,9 @@ def check_sources(cfg):
     if cfg.images and len(cfg.images) != len(cfg.annotations):
         files = f"{len(cfg.annotations)} annotation files"
         raise UserError(f"images= has {len(cfg.images)} folders for {files}")
+    for folder in map(Path, cfg.annotations):
+        if folder.is_dir() and Path(cfg.out).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"out={cfg.out} lies in {folder}, whose pictures are read")
     if cfg.max_bad and not cfg.check_pictures:
         raise UserError("max_bad= leaves out what check_pictures=false does not see; give one")
     if cfg.height % cfg.patch or cfg.width % cfg.patch:

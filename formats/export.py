@@ -9,6 +9,7 @@ weights' file in such a folder is one for every init=, encoder= and weights= her
 """
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -88,12 +89,15 @@ def main():
 
 def write_folder(out, files):
     """{name: bytes} → a new folder, whole or not at all."""
-    part = out.with_name(f".{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
     part.mkdir(parents=True)
-    for name, content in files.items():
-        (part / name).write_bytes(content)
-    part.rename(out)
+    try:
+        for name, content in files.items():
+            (part / name).write_bytes(content)
+        part.rename(out)
+    except OSError:
+        shutil.rmtree(part)
+        raise
 
 
 def as_json(value):

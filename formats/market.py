@@ -77,7 +77,7 @@ def read_data(
     if layout == "msmt17":
         train, query, gallery = read_msmt17(root, train is not None)
     else:
-        train = read_market(root / train) if train else None
+        train = read_market(root / train) if train is not None else None
         query, gallery = read_market(root / query), read_market(root / gallery)
     from_zero = layout == "msmt17" or bool((query.ids == 0).any())
     if from_zero:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from plumbing.errors import UserError, in_a_line
+from plumbing.errors import UserError, and_more, in_a_line
 
 # backend → its Stable Diffusion, and how its pipeline calls the strength of the condition.
 MODELS = {
@@ -40,13 +40,12 @@ def load_painter(cfg, device):
         library.logging.disable_progress_bar()
     # Weights that come pickled, not as safetensors, are read with weights_only by both libraries.
     if cfg.backend == "t2i_adapter":
-        adapter = from_folder_or_hub(cfg.adapter, "adapter", diffusers.T2IAdapter.from_pretrained)
+        adapter = whole_model(cfg.adapter, "adapter", diffusers.T2IAdapter)
         load = partial(diffusers.StableDiffusionAdapterPipeline.from_pretrained, adapter=adapter)
     elif cfg.backend == "text":
         load = diffusers.StableDiffusionPipeline.from_pretrained
     else:
-        load = diffusers.ControlNetModel.from_pretrained
-        net = from_folder_or_hub(cfg.adapter, "adapter", load)
+        net = whole_model(cfg.adapter, "adapter", diffusers.ControlNetModel)
         load = partial(diffusers.StableDiffusionControlNetPipeline.from_pretrained, controlnet=net)
     pipe = from_folder_or_hub(cfg.model, "model", load)
     pipe.scheduler = sampler(cfg.scheduler, pipe.scheduler.config)
@@ -55,6 +54,18 @@ def load_painter(cfg, device):
     pipe.vae.enable_slicing()
     torch.backends.cudnn.deterministic = True
     return pipe.to(device, precision(cfg, device))
+
+
+def whole_model(name, key, kind):
+    """A model of class `kind`; UserError where its file lacks tensors, which both libraries would
+    fill at random."""
+    load = partial(kind.from_pretrained, output_loading_info=True)
+    model, found = from_folder_or_hub(name, key, load)
+    missing = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if missing:
+        what = f"lacks {missing[0]}{and_more(missing)} of a {kind.__name__}"
+        raise UserError(f"{key}={name} {what}: a file of another kind, or cut off")
+    return model
 
 
 def from_folder_or_hub(name, key, load):

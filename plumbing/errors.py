@@ -141,7 +141,7 @@ def lost(text):
 
 def leave(code, line):
     """Print one line and leave at once: other ranks may wait inside a collective for this one."""
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     line = f"[rank {os.environ['RANK']}] {line}" if several else line
     with contextlib.suppress(OSError):
         for bar in list(getattr(tqdm, "_instances", [])):

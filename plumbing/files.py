@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import subprocess
@@ -63,6 +64,11 @@ def read_mat(path):
 
 
 # ------------------------------------------------------------------------------------------ writing
+
+
+def is_part(path):
+    """Is it a half-written file of `write_atomic`'s, .NAME.PROCESS.part?"""
+    return re.fullmatch(r"\..+\.\d+\.part", Path(path).name) is not None
 
 
 def write_atomic(path, write, durable=True):
@@ -152,19 +158,22 @@ def canonical(value):
     return sys.intern(value) if isinstance(value, str) else value
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, kind="a checkpoint of plain tensors"):
     """A .pt/.pth (weights_only: a stranger's pickle never runs code) or .safetensors file → what it
     holds, on the CPU."""
     path = Path(path)
     if not os.path.exists(path):
         raise UserError(f"no checkpoint at {path}")
-    with reading(path, "a checkpoint of plain tensors"), warnings.catch_warnings():
+    with reading(path, kind), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what matters is an error
         if path.suffix == ".safetensors":
             return load_file(regular(path))
         # MAE and HAP store their arguments beside.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(regular(path), map_location="cpu", weights_only=True)
+            try:
+                return torch.load(regular(path), map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:  # torch advises to load a stranger's file anyway
+                raise ValueError("it is of another kind, or damaged") from None
 
 
 def load_weights(module, state, path):

@@ -22,7 +22,7 @@ import torch
 
 from plumbing.config import read_yaml
 from plumbing.errors import UserError, in_a_line, reading
-from plumbing.files import load_checkpoint, read_json, write_json
+from plumbing.files import is_part, load_checkpoint, read_json, write_json
 
 LIBRARIES = ("torchvision", "numpy", "scipy", "pillow", "safetensors")
 SCHEDULE = ("epochs", "warmup_epochs", "blr")  # what a longer run may change
@@ -41,7 +41,7 @@ def look_into(cfg, keys):
             what = "; ".join(differs)
             raise UserError(f"{out} holds a run with another config ({what}); choose another out=")
         return "finished" if (out / "done").exists() else "resume"
-    if out.exists() and (not out.is_dir() or any(file.suffix != ".part" for file in out.iterdir())):
+    if out.exists() and (not out.is_dir() or not all(map(is_part, out.iterdir()))):
         raise UserError(f"{out} exists and is not a run of this project; choose another out=")
     return "new"
 

@@ -138,7 +138,8 @@ def test_every_row_of_our_comparisons_has_keys_its_script_takes(size, monkeypatc
 def test_seconds_of_a_cell_that_was_cut_off(tmp_path):
     lines = [{"folder": "a"}, {"folder": "a"}, {"folder": "a", "seconds": 5.0}]
     lines += [{"folder": "b"}, {"folder": "b", "seconds": 2.5}]
-    (tmp_path / "times.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    text = "\n".join(map(json.dumps, lines)) + '\n{"folder": "b'  # the disk was full
+    (tmp_path / "times.jsonl").write_text(text)
     found = tables.seconds_of(tmp_path / "times.jsonl")
     assert found == {"a": (5.0, True), "b": (2.5, False)}
 
@@ -156,6 +157,11 @@ def test_seconds_of_a_cell_that_was_cut_off(tmp_path):
         ({"contrasts": ["gap | A - B"]}, "they are A"),
         ({"contrasts": ["gap | A A"]}, "no sum of methods"),
         ({"contrasts": ["gap | A -"]}, "no sum of methods"),
+        (
+            {"methods": ['A | pretrain.py "annotations=x']},
+            "as a command line.*No closing quotation",
+        ),
+        ({"tasks": ["real | a | experiments/probe.py | "]}, "metrics, seeds= must name"),
     ],
 )
 def test_rows_that_cannot_be_run_are_refused(change, words):
@@ -214,6 +220,17 @@ def test_seeds_of_two_machines_join_to_the_table_of_one(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=why):
             table("three", *words, f"earlier={tmp_path}/one/table.json")
     assert not (tmp_path / "three").exists()
+
+
+def test_folders_may_have_spaces_and_quotes():
+    cfg = SimpleNamespace(out="/my runs/o'neil", lspet="l", market="m", coco="c")
+    words = shlex.split(compare.filled(cfg, "pretrain.py annotations={out}/a.json,{out}/b.json"))
+    assert words == ["pretrain.py", "annotations=/my runs/o'neil/a.json,/my runs/o'neil/b.json"]
+
+
+def test_only_numbers_of_a_task_are_figures(tmp_path):
+    finished(tmp_path / "task", mAP=0.5, read="all", per_joint={"nose": 1.0})
+    assert tables.figures_of(tmp_path / "task") == {"mAP": 0.5}
 
 
 # ------------------------------------------------------------------------------------------- parts

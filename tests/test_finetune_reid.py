@@ -140,8 +140,9 @@ def test_run_folder(plain, capsys):
     steps = [row for row in log if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, len(steps) + 1)) and len(steps) % 3 == 0
     assert abs(steps[0]["loss"] - (steps[0]["identity"] + steps[0]["triplet"]) / 2) < 1e-4
-    # a fresh classifier knows nothing of 9 people
-    assert abs(steps[0]["identity"] - np.log(9)) < 0.05
+    # A fresh classifier knows nothing of 9 people: its logits are .02 · √192 = .28 wide, and the
+    # loss of 12 pictures lies by about .28 / √12 = .08 beside ln 9.
+    assert abs(steps[0]["identity"] - np.log(9)) < 3 * 0.08
     assert [row["epoch"] for row in log if "mAP" in row] == [2, 3]
     # the last epoch is the one reported
     assert log[-1]["mAP"] == pytest.approx(metrics["mAP"], rel=1e-5)

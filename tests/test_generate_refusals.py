@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 from generate_runs import arguments, run
+from safetensors.torch import load_file, save_file
 
 from plumbing.errors import UserError
 
@@ -126,3 +127,18 @@ def test_pickled_weights_run_no_code(tiny, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="adapter="):
         run(monkeypatch, arguments(tiny, out=tmp_path / "a", adapter=folder))
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut off", "of another kind"])
+def test_an_adapter_that_lacks_tensors_is_refused(tiny, tmp_path, monkeypatch, damage):
+    """Both libraries would fill them at random, and say nothing."""
+    folder = shutil.copytree(tiny / "t2i", tmp_path / "t2i")
+    weights = load_file(folder / "diffusion_pytorch_model.safetensors")
+    if damage == "cut off":
+        del weights[sorted(weights)[0]]
+    else:
+        weights = load_file(tiny / "controlnet/diffusion_pytorch_model.safetensors")
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(UserError, match="adapter=.* lacks .* of a T2IAdapter"):
+        run(monkeypatch, arguments(tiny, out=tmp_path / "a", adapter=folder))
+    assert not (tmp_path / "a").exists()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from coco_sets import write_set
 from conftest import run_script
+from PIL import Image
 from pretrain_runs import arguments
 
 import pretrain
@@ -120,6 +121,17 @@ def test_a_folder_of_the_user_is_not_touched(sets, tmp_path):
     done = run_script("pretrain.py", *arguments(sets, tmp_path))
     assert done.returncode == 2 and "not a run" in done.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+    (tmp_path / "thesis.txt").rename(tmp_path / ".thesis.part")  # as other programs name theirs
+    done = run_script("pretrain.py", *arguments(sets, tmp_path))
+    assert done.returncode == 2 and (tmp_path / ".thesis.part").read_text() == "mine"
+
+
+def test_a_run_folder_inside_the_pictures_is_refused(tmp_path):
+    Image.new("RGB", (32, 64)).save(tmp_path / "a.png")
+    words = arguments([tmp_path], tmp_path / "run", "mask=random", "gamma_mp=0")
+    done = run_script("pretrain.py", *words)
+    assert done.returncode == 2 and "whose pictures are read" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_the_start_says_how_many_joints_are_known_and_part_masks_refuse_too_few(sets, tmp_path):

@@ -321,3 +321,17 @@ def test_a_defect_is_one_line_with_the_name_of_a_file(sets, tmp_path):
     assert last.startswith("error: a defect of this program, please report") and "so it is" in last
     (file,) = (tmp_path / "run").glob("error_*.txt")
     assert str(file) in last and "Traceback" in file.read_text()
+
+
+SPIN = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
+
+
+@pytest.mark.parametrize(
+    ("given", "want"), [({}, "10000"), ({SPIN[0]: "7"}, "7"), ({SPIN[1]: "active"}, "None")]
+)
+def test_waiting_threads_leave_their_core_unless_the_user_says_otherwise(given, want):
+    environment = {name: value for name, value in os.environ.items() if name not in SPIN} | given
+    code = "import os, plumbing.quiet; print(os.environ.get('GOMP_SPINCOUNT'))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == want

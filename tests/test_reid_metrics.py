@@ -1,12 +1,15 @@
-"""ReID's protocol and re-ranking, against loops, whole matrices and by hand."""
+"""ReID's protocol, re-ranking and classifier: loops, whole matrices, by hand, timm's head."""
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from common import UserError
 from finetune_reid import ranking_metrics
+from model import ViT
 from tasks import ranking
+from tasks.reid import ReID
 
 
 def loop_metrics(distance, query_ids, query_cams, gallery_ids, gallery_cams):
@@ -177,3 +180,14 @@ def test_ap_is_by_rank_and_not_below_the_trapezoidal_one():
         before = np.concatenate([[1.0], precision[:-1]])
         steps = np.diff(recall, prepend=0)
         assert got["mAP"] >= (steps * (before + precision) / 2).sum() - 1e-12
+
+
+def test_the_classifier_starts_as_in_its_recipe():
+    """[BoT] behind the neck; without one a head as timm's ViT has it, which [MALE] uses."""
+    torch.manual_seed(0)
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=2000).head
+    encoder = ViT(192, 1, 3, (32, 16), 8)
+    behind, alone = (ReID(encoder, "cls", 2000, neck).classifier for neck in (True, False))
+    assert behind.bias is None and behind.weight.std().item() == pytest.approx(0.001, rel=0.02)
+    assert not alone.bias.any() and not theirs.bias.any()
+    assert alone.weight.std().item() == pytest.approx(theirs.weight.std().item(), rel=0.02)
