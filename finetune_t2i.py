@@ -44,7 +44,7 @@ from formats.weights import ENCODER, build_encoder, meta_of, take_settings
 from model import normalize
 from plumbing.config import JOB, MACHINE, Key, check_job, read_config
 from tasks.features import TOKENS, ResizedPictures, feature_width, reads_pose, token_features
-from tasks.text import Bert, Pairs, Words, pad_tokens, ranking_loss, retrieval_metrics
+from tasks.text import Bert, Pairs, Words, check_known, pad_tokens, ranking_loss, retrieval_metrics
 
 KEYS = dict(
     out=Key("runs/t2i", "run folder; for eval_only runs/t2i_eval, for predict runs/t2i_predict"),
@@ -343,6 +343,7 @@ def predict(cfg, ranks):
     """The pictures of a folder, best first for a sentence → ranking.json, ranking.png."""
     pictures = read_pictures(cfg.predict)
     model, text, _, about = build_model(cfg, None, ranks.device)
+    check_known(text, cfg.sentence)
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     if ranks.rank == 0:

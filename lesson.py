@@ -252,4 +252,9 @@ def main(words):
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except OSError as error:
+        sys.exit(f"lesson.py: cannot write {error.filename}: {error.strerror}")
+    except KeyboardInterrupt:
+        sys.exit(130)

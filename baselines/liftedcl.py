@@ -76,7 +76,7 @@ KEYS = dict(out=Key("runs/liftedcl", "run folder")) | DATA | dict(
     box_padding=Key(1.25, "boxes grow by this before cropping, within the picture", low=1),
     crop_min=Key(0.2, "smallest share of the region in a random crop", "[LiftedCL]",
                  low=0.01, high=1),
-    batch=Key(64, "pictures in a global batch", "[LiftedCL]", low=1),
+    batch=Key(64, "pictures in a global batch", "[LiftedCL]", low=2),
     pooled=Key("cls", "the picture's feature: [CLS], or the mean of the patches",
                "ours; [LiftedCL] the mean", ("cls", "mean")),
     hidden=Key(2048, "hidden width of the two heads", "[LiftedCL]", low=1),

@@ -159,6 +159,8 @@ def main():
     out = [word[4:] for word in sys.argv[1:] if word.startswith("out=")] or ["curves.png"]
     if not runs or not out[-1]:
         raise UserError("name run folders: python drawing/curves.py runs/a runs/b out=curves.png")
+    if Path(out[-1]).exists() and Path(out[-1]).suffix != ".png":
+        raise UserError(f"out={out[-1]} exists and is no .png; choose another name")
     for run in runs:
         if not any("lr" in row for row in read_run(run)[0]):
             raise UserError(f"{run}/log.jsonl holds no step of a training; name another folder")

@@ -27,6 +27,7 @@ import common
 from common import UserError
 from formats.market import read_market
 from plumbing.config import MACHINE, Key, read_config
+from plumbing.errors import reading
 from plumbing.files import read_json, regular
 
 KEYS = dict(
@@ -91,8 +92,9 @@ def divide_market(cfg, out, rng):
     if cfg.attributes:
         divide_csv(cfg.attributes, out, names)
     if cfg.people:
-        document = read_json(cfg.people)
-        rest = [i["id"] for i in document["images"] if Path(i["file_name"]).name not in names]
+        with reading(cfg.people, "COCO JSON"):
+            document = read_json(cfg.people)
+            rest = [i["id"] for i in document["images"] if Path(i["file_name"]).name not in names]
         if len(document["images"]) - len(rest) < len(names):
             raise UserError(f"people={cfg.people} lacks people of market={cfg.market}")
         link_pictures(cfg.people, out / "people")
@@ -102,7 +104,7 @@ def divide_market(cfg, out, rng):
 
 def divide_csv(path, out, held):
     """Rows whose picture's name is in `held` → attributes_val.csv, others attributes_train.csv."""
-    with open(regular(path), newline="", encoding="utf-8-sig") as file:
+    with reading(path, "CSV"), open(regular(path), newline="", encoding="utf-8-sig") as file:
         head, *rows = [row for row in csv.reader(file) if row]
     parts = {"train": [], "val": []}
     for name, *values in rows:
@@ -114,8 +116,9 @@ def divide_csv(path, out, held):
 
 def divide_poses(cfg, out, rng):
     """A COCO file → poses/train.json and poses/val.json, by picture."""
-    document = read_json(cfg.poses)
-    images = [image["id"] for image in document["images"]]
+    with reading(cfg.poses, "COCO JSON"):
+        document = read_json(cfg.poses)
+        images = [image["id"] for image in document["images"]]
     held = set(rng.permutation(images)[: max(1, round(len(images) * cfg.share))].tolist())
     link_pictures(cfg.poses, out / "poses")
     write_part(out / "poses/train.json", document, set(images) - held)

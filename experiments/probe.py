@@ -127,6 +127,8 @@ def read_labels(cfg):
     splits, names = [], []
     for path in (cfg.attributes_train, cfg.attributes_test):
         own, split = read_csv(SimpleNamespace(images=None), path)
+        if not len(split.files):
+            raise UserError(f"{path} has no row with a picture")
         check_attributes(split, own, "CSV", path)
         splits.append(split)
         names.append(own)

@@ -208,8 +208,8 @@ def rows_of_category(rows, category_id, k):
     refuse(twice, lambda a: "stands twice; ids must differ")
     odd = ~np.isfinite(rows["keypoints"]).all((1, 2))
     refuse(odd, lambda a: "has a keypoint that is not finite")
-    odd = ~np.isfinite(rows["area"])
-    refuse(odd, lambda a: f"has area {rows['area'][a]}, which is not finite")
+    odd = ~(rows["area"] >= 0) | np.isinf(rows["area"])
+    refuse(odd, lambda a: f"has area {rows['area'][a]}, which is no finite number from 0 on")
     return rows
 
 

@@ -86,9 +86,11 @@ def write_atomic(path, write, durable=True):
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch wraps a failed write in its own error: the disk is asked, still filled by the part.
-        full = getattr(error, "errno", None) in DISK_FULL
-        if not isinstance(error, OSError):
+        # torch raises an error of its own while it handles the write's; without one the disk is
+        # asked, still filled by the part.
+        first = error if isinstance(error, OSError) else error.__context__
+        full = getattr(first, "errno", None) in DISK_FULL
+        if not isinstance(first, OSError):
             full = shutil.disk_usage(path.parent).free < 1 << 20
         temporary.unlink(missing_ok=True)
         if full:

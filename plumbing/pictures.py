@@ -27,8 +27,7 @@ def picture_names(folder, below=False):
     UserError where there are none."""
     if not Path(folder).is_dir():
         raise UserError(f"no folder {folder}; check the keys that name folders")
-    paths = Path(folder).rglob("*") if below else Path(folder).iterdir()
-    names = [str(path.relative_to(folder)) for path in paths]
+    names = names_below(folder) if below else os.listdir(folder)
     shards = [name for name in names if name.endswith(".tar") and (Path(folder) / name).is_file()]
     names = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
     # With loose pictures beside or below it, a tar is often the download that held them: they would
@@ -41,6 +40,20 @@ def picture_names(folder, below=False):
     if not names:
         raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
     return sorted(names)
+
+
+def names_below(folder):
+    """Everything below a folder, also behind links to folders, each of which is entered once."""
+    names, entered = [], set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered:
+            folders.clear()  # a link back to where the walk has been
+            continue
+        entered.add(real)
+        base = os.path.relpath(place, folder)
+        names += [name if base == "." else f"{base}/{name}" for name in folders + files]
+    return names
 
 
 def is_picture(name):

@@ -74,7 +74,8 @@ def same_data(out, dataset, steps_per_epoch, first):
         return
     began = read_json(path)
     if began != now:
-        was = f"{began['samples']} samples, {began['steps_per_epoch']} steps an epoch"
+        with reading(path, "what this run began on"):
+            was = f"{began['samples']} samples, {began['steps_per_epoch']} steps an epoch"
         what = f"{out} began on other data ({was}; now {now['samples']} and {steps_per_epoch})"
         raise UserError(f"{what}; give it back, or choose another out=")
 

@@ -5,11 +5,14 @@ Each takes a hub id or a folder; UserError where it does not load. Legend: n peo
 boxes are x, y, w, h px of their picture.
 """
 
+import sys
+from functools import partial
+
 import numpy as np
 import torch
 
 from plumbing.diffusion import from_folder_or_hub
-from plumbing.errors import UserError
+from plumbing.errors import UserError, and_more
 
 
 def loaded(kind, name, key):
@@ -18,7 +21,15 @@ def loaded(kind, name, key):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return from_folder_or_hub(name, key, getattr(transformers, kind).from_pretrained)
+    load = getattr(transformers, kind).from_pretrained
+    if kind in ("AutoImageProcessor", "AutoProcessor", "AutoTokenizer"):
+        return from_folder_or_hub(name, key, load)
+    model, found = from_folder_or_hub(name, key, partial(load, output_loading_info=True))
+    missing = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if missing:
+        what = f"{key}={name} lacks {missing[0]}{and_more(missing)}, now drawn at random"
+        print(f"warning: {what}; is the file cut off?", file=sys.stderr)
+    return model
 
 
 class PoseEstimator:

@@ -26,6 +26,13 @@ from tasks.ranking import evaluate_features
 # ------------------------------------------------------------------------------------ text → tokens
 
 
+def check_known(text, sentence):
+    """UserError for a sentence without a word of the vocabulary, to which all such are the same."""
+    if isinstance(text, Words) and not any(word in text.ids for word in split_words(sentence)):
+        few = ", ".join(text.words[:8])
+        raise UserError(f'no word of "{sentence}" was in the training captions, which have {few} …')
+
+
 class Words:
     """A vocabulary from the training captions: lower-case words. Id 0 pads, 1 is any other word."""
 

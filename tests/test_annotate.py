@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import annotate
 import plumbing.chunks
@@ -275,6 +276,21 @@ def test_refusals(models, photographs, tmp_path, monkeypatch, more, message):
     with pytest.raises(UserError, match=message):
         run(monkeypatch, arguments(models, photographs, tmp_path / "a", **more))
     assert not (tmp_path / "a").exists()
+
+
+def test_a_model_that_lacks_tensors_is_named(models, tmp_path, capsys):
+    """transformers fills them at random, and says so only to those who ask."""
+    from tasks.recognition import loaded
+
+    folder = shutil.copytree(models / "vitpose", tmp_path / "cut")
+    kind = "VitPoseForPoseEstimation"
+    loaded(kind, str(folder), "pose_model")
+    assert not capsys.readouterr().err
+    weights = load_file(folder / "model.safetensors")
+    del weights["head.conv.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    loaded(kind, str(folder), "pose_model")
+    assert "lacks head.conv.weight, now drawn at random" in capsys.readouterr().err
 
 
 def test_a_finished_run_is_left_alone(models, photographs, tmp_path, monkeypatch, capsys):

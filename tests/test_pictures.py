@@ -18,6 +18,7 @@ from data import Augmentation, PoseBatches, PretrainPictures
 from formats.coco import Limits, read_people
 from plumbing import pictures
 from plumbing.errors import UserError
+from plumbing.pictures import pictures_at
 
 # -------------------------------------------------------------------------------------------- files
 
@@ -162,6 +163,16 @@ def test_16_bit_grey_is_scaled_to_8(tmp_path):
     assert np.array_equal(
         np.array(pictures.load_picture(tmp_path, "x.png")), (grey // 257)[..., None].repeat(3, 2)
     )
+
+
+def test_linked_folders_are_entered_once(tmp_path):
+    folder, elsewhere = tmp_path / "pictures/day_1", tmp_path / "elsewhere"
+    folder.mkdir(parents=True), elsewhere.mkdir()
+    for file in (folder / "a.png", elsewhere / "b.png"):
+        Image.new("RGB", (8, 16)).save(file)
+    (tmp_path / "pictures/day_2").symlink_to(elsewhere)
+    (folder / "back").symlink_to(tmp_path / "pictures")
+    assert pictures_at(tmp_path / "pictures")[1] == ["day_1/a.png", "day_2/b.png"]
 
 
 def test_picture_names_must_be_utf_8(tmp_path):

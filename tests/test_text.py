@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 
 from formats.captions import Captioned, read_captions
 from plumbing.errors import UserError
-from tasks.text import Pairs, Words, picture_of, ranking_loss, retrieval_metrics
+from tasks.text import Pairs, Words, check_known, picture_of, ranking_loss, retrieval_metrics
 
 # ------------------------------------------------------------------------------------------- losses
 
@@ -190,6 +190,14 @@ def test_vocabulary_counts_words_and_knows_what_it_does_not_know():
     assert words.tokens("a a a", 2) == [2, 2]
     with pytest.raises(UserError, match="min_count"):
         Words.of(["one two"], 2)
+
+
+def test_a_sentence_in_another_language_is_refused():
+    """To the model all of its words are the one word that it does not know."""
+    text = Words(["a", "woman", "coat"])
+    check_known(text, "eine Frau im coat")
+    with pytest.raises(UserError, match='no word of "eine Frau".* a, woman, coat'):
+        check_known(text, "eine Frau")
 
 
 def test_training_pictures_are_shifted_by_the_border_and_mirrored(tmp_path):
