@@ -153,7 +153,8 @@ def test_damaged_or_foreign_checkpoints(sets, plain, tmp_path):
     (out / "last.pt").write_bytes(whole[: len(whole) // 2])
     command = arguments(sets, out, "epochs=3", "save_every=2")
     done = run_script("pretrain.py", *command)
-    assert done.returncode == 2 and "last.pt as a checkpoint" in done.stderr
+    remedy = "last.pt as this run's checkpoint; delete it to begin the run anew: "
+    assert done.returncode == 2 and remedy in done.stderr
     state = load_checkpoint(plain / "last.pt")
     state["model"]["encoder.cls_token"] = torch.zeros(1, 1, 7)
     torch.save(state, out / "last.pt")
