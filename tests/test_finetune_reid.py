@@ -140,9 +140,6 @@ def test_run_folder(plain, capsys):
     steps = [row for row in log if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, len(steps) + 1)) and len(steps) % 3 == 0
     assert abs(steps[0]["loss"] - (steps[0]["identity"] + steps[0]["triplet"]) / 2) < 1e-4
-    # A fresh classifier knows nothing of 9 people: its logits are .02 · √192 = .28 wide, and the
-    # loss of 12 pictures lies by about .28 / √12 = .08 beside ln 9.
-    assert abs(steps[0]["identity"] - np.log(9)) < 3 * 0.08
     assert [row["epoch"] for row in log if "mAP" in row] == [2, 3]
     # the last epoch is the one reported
     assert log[-1]["mAP"] == pytest.approx(metrics["mAP"], rel=1e-5)
@@ -274,6 +271,8 @@ def test_overfits_and_finds_everybody(data, tmp_path, token, bnneck):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert metrics["mAP"] > 0.97
     assert metrics["queries_without_match"] == 1  # the person with one picture
+    if bnneck == "true":  # a fresh classifier behind the neck knows nothing of 9 people
+        assert abs(rows(tmp_path / "run")[0]["identity"] - np.log(9)) < 0.05
 
 
 def test_eval_only_and_predict(plain, data, tmp_path, capsys):
