@@ -22,6 +22,9 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
+
+# isort: split
 from types import SimpleNamespace
 
 import numpy as np

@@ -11,8 +11,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from plumbing.diffusion import from_folder_or_hub
-from plumbing.errors import UserError, and_more
+from plumbing.diffusion import from_folder_or_hub, lacking
+from plumbing.errors import UserError
 
 
 def loaded(kind, name, key):
@@ -22,12 +22,11 @@ def loaded(kind, name, key):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     load = getattr(transformers, kind).from_pretrained
-    if kind in ("AutoImageProcessor", "AutoProcessor", "AutoTokenizer"):
+    if kind.endswith("Processor"):  # holds no tensors
         return from_folder_or_hub(name, key, load)
     model, found = from_folder_or_hub(name, key, partial(load, output_loading_info=True))
-    missing = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-    if missing:
-        what = f"{key}={name} lacks {missing[0]}{and_more(missing)}, now drawn at random"
+    if missing := lacking(found):
+        what = f"{key}={name} lacks {missing}, now drawn at random"
         print(f"warning: {what}; is the file cut off?", file=sys.stderr)
     return model
 
