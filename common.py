@@ -231,7 +231,7 @@ def open_run(cfg, keys, ranks):
             text = yaml.safe_dump(values, sort_keys=False)
             write_atomic(out / "config.yaml", lambda part: part.write_text(text))
         if state == "finished":
-            print(f"{out} is finished already")
+            print(f"{out} is finished already; another out= begins anew")
         else:
             record_start(out, ranks)
     if ranks.world > 1:

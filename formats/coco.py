@@ -56,8 +56,8 @@ def read_people(annotations, folder=None, limits=Limits()):  # noqa: B008  a tup
     path = Path(annotations)
     if os.path.isdir(path):
         return read_folder(path, limits)
-    with reading(path, "COCO people"):
-        people, rows, scores = parse(path, limits)
+    with reading(path, "COCO people") as place:
+        people, rows, scores = parse(path, limits, place)
     if not folder:
         folder = path.parent / "images" if (path.parent / "images").is_dir() else path.parent
     people = people._replace(folder=str(folder))
@@ -79,9 +79,9 @@ def read_people(annotations, folder=None, limits=Limits()):  # noqa: B008  a tup
 # --------------------------------------------------------------------------------- a file's content
 
 
-def parse(path, limits):
+def parse(path, limits, place):
     """A COCO file → (People of its person category, name → column of the rest, holds it scores?)"""
-    images, rows, document = flat_columns(path)
+    images, rows, document = flat_columns(path, place)
     category, joints, skeleton = person_category(document)
     size = np.array(rows.pop("size"), np.int32).reshape(-1, 2)
     files = np.array(rows.pop("file"), dtype=np.bytes_)
@@ -102,11 +102,11 @@ def parse(path, limits):
     return people, rows, scores
 
 
-def flat_columns(path):
+def flat_columns(path, place):
     """One pass over the JSON. → {image id: its row}, name → array over all annotations, the rest.
 
     Entries go into flat arrays as the parser meets them: 600,000 annotations take 0.5 GB at the
-    peak; as Python objects they would take 1.4 GB.
+    peak; as Python objects they would take 1.4 GB. place.at: the entry that an error would be in.
     """
     names = "id image_id pose_id iscrowd category_id num_keypoints count".split()
     images, rows = {}, {name: array("q") for name in names}
@@ -115,10 +115,11 @@ def flat_columns(path):
 
     def take(entry):
         if "image_id" in entry:
+            place.at = f"annotation {entry.get('id')!r:.40}"
             rows["id"].append(whole(entry["id"]))
             box, points = entry["bbox"], entry.get("keypoints") or []
             if not isinstance(box, list) or len(box) != 4:
-                raise ValueError(f"annotation {entry['id']} has box {box!r:.80}, not x, y, w, h")
+                raise ValueError(f"its box is {box!r:.80}, not x, y, w, h")
             rows["bbox"].extend(box)
             rows["keypoints"].extend(points)
             rows["count"].append(len(points))
@@ -129,14 +130,16 @@ def flat_columns(path):
             rows["category_id"].append(whole(entry.get("category_id", -1)))
             rows["num_keypoints"].append(whole(entry.get("num_keypoints", -1)))
         elif "file_name" in entry:
+            place.at = f"image {entry.get('id')!r:.40}"
             number = whole(entry["id"])
             if number in images:
-                raise ValueError(f"two images have the id {number}; ids must differ")
+                raise ValueError("another image has this id; ids must differ")
             rows["size"].extend((whole(entry["width"]), whole(entry["height"])))
             images[number] = len(rows["file"])
             rows["file"].append(entry["file_name"].encode())
         else:
             return entry
+        place.at = None
 
     with open(regular(path), encoding="utf-8-sig") as file:
         document = json.load(file, object_hook=take)
@@ -265,7 +268,7 @@ def clip_boxes(people, path, limits):
         # A box such as 1e-9 px at x = 20, where float32 holds no such step, is empty once cut.
         good = area & inside & (cut[:, 2:] > 0).all(1)
     wrong = np.flatnonzero(~good)
-    if len(wrong) > limits.max_bad_boxes:
+    if advice := limits.exceeded("max_bad_boxes", len(wrong)):
         a = wrong[0]
         problem = "; finite x, y, w, h with w, h > 0 are needed"
         if area[a]:
@@ -273,8 +276,7 @@ def clip_boxes(people, path, limits):
         if area[a] and not inside[a]:
             problem = f" outside its {size[a].tolist()} picture"
         what = f"annotation {people.annotation_id[a]} has box {boxes[a].tolist()}{problem}"
-        allow = f"mend it or allow max_bad_boxes={len(wrong)}"
-        raise UserError(f"{path}: {what}{and_more(wrong)}; {allow}")
+        raise UserError(f"{path}: {what}{and_more(wrong)}; {advice}")
     people = people._replace(boxes=cut)
     clipped = int((np.abs(cut - boxes)[good] > 1).any(1).sum())
     return people.take(good) if len(wrong) else people, clipped, len(wrong)

@@ -228,9 +228,8 @@ def read_boxes(path, pictures, people, limits):
                 entries.append(pictures[key])
                 boxes.append((x, y, w, h))
                 scores.append(score)
-    if len(wrong) > limits.max_bad_boxes:
-        allow = f"mend it or allow max_bad_boxes={len(wrong)}"
-        raise UserError(f"{path}: {wrong[0]}{and_more(wrong)}; {allow}")
+    if advice := limits.exceeded("max_bad_boxes", len(wrong)):
+        raise UserError(f"{path}: {wrong[0]}{and_more(wrong)}; {advice}")
     if not boxes:
         raise UserError(f"{path} holds no person boxes")
     files, sizes, ids = zip(*entries)
@@ -245,7 +244,7 @@ def read_boxes(path, pictures, people, limits):
         bad = find_bad_pictures(found.folder, others)
         known_bad = sum(pictures[key] is None for key in pictures if isinstance(key, str))
         whole = ~np.isin(found.files, [name.encode() for name, _ in bad])
-        rest = limits._replace(max_bad=limits.max_bad - known_bad)
+        rest = limits._replace(max_bad=(limits.max_bad or 0) - known_bad)
         found, scores = leave_out(found, bad, path, rest), scores[whole]
         on_bad += int((~whole).sum())
     left_out = [("on left-out pictures", on_bad), ("left out as no box", len(wrong))]

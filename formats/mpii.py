@@ -62,13 +62,13 @@ def without_bad_rows(people, path, limits):
     good = (low < high).all(1)  # False also where a number is NaN
     good &= np.isfinite(people.keypoints).all((1, 2))
     n = int((~good).sum())
-    if n > limits.max_bad_boxes:
+    if advice := limits.exceeded("max_bad_boxes", n):
         a = good.argmin()
         what = f"entry {people.annotation_id[a]} ({people.files[a].decode()})"
         where = f"box {people.boxes[a].tolist()} in its {people.size[a].tolist()} picture"
         raise UserError(
             f"{path}: {what} has {where}; centre, scale > 0 and joints must be numbers and lie in "
-            f"it; mend it or allow max_bad_boxes={n}"
+            f"it; {advice}"
         )
     return people.take(good), n
 

@@ -44,9 +44,17 @@ class Limits(NamedTuple):
 
     min_joints: int = 0  # people with fewer visible joints are left out
     min_score: float = MIN_SCORE  # scores in place of visibilities: a joint is visible from here on
-    max_bad: int = 0  # so many missing or damaged pictures are left out at most
-    max_bad_boxes: int = 0  # so many people are left out for a box without area on their picture
+    # None: 0, in a stage that has no such key.
+    max_bad: int | None = None  # so many missing or damaged pictures are left out at most
+    max_bad_boxes: int | None = None  # so many people, for a box without area on their picture
     check_pictures: bool = True
+
+    def exceeded(self, key, n):
+        """Are n more than the key allows? → "", or what the error says to do."""
+        allowed = getattr(self, key)
+        if n <= (allowed or 0):
+            return ""
+        return "mend it" if allowed is None else f"mend it or allow {key}={n}"
 
 
 def read_folder(path, limits):
@@ -100,10 +108,10 @@ def measured(people, path, limits):
 
 def leave_out(people, bad, path, limits):
     """People without those on bad pictures; UserError where these are more than allowed."""
-    if len(bad) > limits.max_bad:
+    if advice := limits.exceeded("max_bad", len(bad)):
         name, reason = bad[0]
         what = f"{people.folder}/{name} is {reason}{and_more(bad)}, named by {path}"
-        raise UserError(f"{what}; mend it or allow max_bad={len(bad)}")
+        raise UserError(f"{what}; {advice}")
     if not bad:
         return people
     return people.take(~np.isin(people.files, np.array([name.encode() for name, _ in bad])))

@@ -7,6 +7,7 @@ here once.
 import argparse
 import difflib
 import math
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,7 +148,7 @@ def checked(name, value, key, where):
         if kind is str:
             if not isinstance(item, (str, int, float)):  # bool is an int
                 raise wrong("text")
-            return str(item)
+            return os.path.expanduser(item) if str(item).startswith("~/") else str(item)
         if isinstance(item, str):
             try:
                 item = float(item) if kind is float else yaml.safe_load(item)

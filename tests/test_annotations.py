@@ -109,7 +109,9 @@ def test_scores_become_visibilities_on_reading(tmp_path):
         ({"bbox": [0, 0, 0, 5]}, "w, h > 0"),
         ({"bbox": [0, 0, 5]}, "x, y, w, h"),
         ({"bbox": "1155"}, "x, y, w, h"),
-        ({"bbox": ["1", "1", "5", "5"]}, "as COCO people: "),
+        ({"bbox": ["1", "1", "5", "5"]}, "as COCO people: TypeError .* in annotation 100$"),
+        ({"bbox": {}}, "its box is {}, not x, y, w, h in annotation 100$"),
+        ({"area": "much"}, "TypeError .* in annotation 100$"),
         ({"keypoints": [1, 2, 2] * 16}, "need 51"),
         ({"keypoints": ["a"] * 51}, "as COCO people: "),
         ({"id": "x"}, "as COCO people: "),
@@ -133,7 +135,7 @@ def test_bad_annotations_get_one_clear_line(tmp_path, changes, words):
 
 
 SPOILT = {
-    "image id twice": (lambda d: d["images"][2].update(id=1), "two images have the id 1"),
+    "image id twice": (lambda d: d["images"][2].update(id=1), "ids must differ in image 1$"),
     "no image_id": (
         lambda d: d["annotations"][2].pop("image_id"),
         '"annotations" lacks "image_id"',

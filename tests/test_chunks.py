@@ -229,7 +229,7 @@ def test_a_kill_between_done_and_the_end_leaves_nothing_for_ever(
     run(monkeypatch, [*PUPPET, f"out={out}"])
     assert same_set(out, puppet_set)
     said = capsys.readouterr().out
-    assert "is finished already\n" in said and "pictures: 180\nposes: 60\n" in said
+    assert "finished already; another out= begins anew\n" in said and "pictures: 180\n" in said
 
 
 # Between its look into the run folder and what it does then, a process sleeps: two that start

@@ -148,8 +148,9 @@ def test_degenerate_boxes_are_counted_and_left_out_up_to_a_key(dots, tmp_path, c
 
     (tmp_path / "mpii").mkdir()
     listed = mpii_list(tmp_path / "mpii", scale=0)
-    with pytest.raises(UserError, match="entry 2 .*max_bad_boxes=1"):
-        readers.read_pose_file(listed)
+    for limits, advice in ((Limits(), ""), (Limits(max_bad_boxes=0), " or allow max_bad_boxes=1")):
+        with pytest.raises(UserError, match=f"entry 2 .*; mend it{advice}$"):
+            readers.read_pose_file(listed, limits=limits)
     people, notes = readers.read_pose_file(listed, limits=Limits(max_bad_boxes=1))
     assert len(people.files) == 1 and (notes["rows"], notes["bad_boxes"]) == (2, 1)
 

@@ -239,6 +239,14 @@ def test_command_lines():
             assert (said is None) == (word in ("out=\0", "out=a=b", "annotations=[")), word
 
 
+def test_a_tilde_is_the_home_folder_in_a_yaml_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "x.yaml").write_text("out: ~/run\nannotations: [~/a.json, b~/c.json]\n")
+    cfg = read_config(pretrain.KEYS, "", ["--cfg", str(tmp_path / "x.yaml"), "resume_from=~/old"])
+    assert (cfg.out, cfg.resume_from) == ("/home/me/run", "/home/me/old")
+    assert cfg.annotations == ["/home/me/a.json", "b~/c.json"]
+
+
 def test_pictures(tmp_path, attack):
     look = np.kron(np.random.default_rng(0).integers(0, 255, (4, 4, 3)), np.ones((8, 8, 1)))
     for name in ("a.jpg", "a.png", "a.webp", "a.bmp", "a.gif"):
