@@ -149,13 +149,13 @@ def distributed(model, device):
 
 
 def rank_share(n, ranks):
-    """Which of n things this rank evaluates: neighbours, so that gather_rows keeps their order."""
+    """Which of n things this rank evaluates: consecutive ones, as gather_objects keeps order."""
     return np.array_split(np.arange(n), ranks.world)[ranks.rank]
 
 
-def gather_rows(rows, ranks):
+def gather_objects(items):
     """Python objects of all ranks as one flat list, in rank order. For evaluation only."""
-    return on_all_ranks(list(rows))
+    return on_all_ranks(list(items))
 
 
 # ----------------------------------------------------------------------------------------- schedule
@@ -305,13 +305,14 @@ class StepLog:
         """
         self.flush()
         own = [value.detach().float() for value in values.values()]
+        # Last column: 1 to go on, 0 where a signal asked this rank to stop.
         own = torch.stack([*own, own[0].new_full((), 0.0 if errors.asked else 1.0)])[None]
-        ranks = own
+        every = own
         if self.ranks.world > 1:
-            ranks = own.new_empty(self.ranks.world, own.shape[1])
-            dist.all_gather_into_tensor(ranks, own)
+            every = own.new_empty(self.ranks.world, own.shape[1])
+            dist.all_gather_into_tensor(every, own)
         copied = torch.cuda.Event() if own.is_cuda else None
-        figures = ranks.to("cpu", non_blocking=True), bad.to("cpu", non_blocking=True)
+        figures = every.to("cpu", non_blocking=True), bad.to("cpu", non_blocking=True)
         if copied:
             copied.record()
         self.pending = (step, lr, list(values), index, figures, copied, time.perf_counter())
@@ -326,10 +327,10 @@ class StepLog:
         """
         if self.pending is None:
             return
-        (step, lr, names, index, (ranks, bad), copied, when), self.pending = self.pending, None
+        (step, lr, names, index, (every, bad), copied, when), self.pending = self.pending, None
         if copied:
             copied.synchronize()
-        finite = ranks.isfinite().all(1)
+        finite = every.isfinite().all(1)
         if not finite.all():
             odd = (~finite).nonzero().flatten().tolist()
             rows = bad.nonzero().flatten().tolist() or range(len(index))
@@ -339,9 +340,9 @@ class StepLog:
                 f"pictures: {', '.join(pictures[:8])}{and_more(pictures, 8)}; the last "
                 "checkpoint stays; lower the learning rate or look at them"
             )
-        self.stopping = not ranks[:, -1].all()
+        self.stopping = not every[:, -1].all()
         if step % self.every == 0:
-            row = dict(zip(names, ranks[:, :-1].mean(0).tolist()))
+            row = dict(zip(names, every[:, :-1].mean(0).tolist()))
             (then, before), self.last = self.last, (when, step + 1)
             row["pictures_per_s"] = self.batch * (step + 1 - before) / max(when - then, 1e-9)
             shown = names[: names.index("grad_norm")] if "grad_norm" in names else names

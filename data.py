@@ -1,7 +1,7 @@
 """Pre-training data: augmented pictures of people, part-guided masks, who shares a batch.
 
-Legend: B pictures on this rank · N patches · P pictures of a pose in
-a batch · S batches in an epoch · H, W picture · h, w grid of patches.
+Legend: B pictures on this rank · N patches · K pictures of a pose in a batch · S batches in an
+epoch · H, W picture · h, w grid of patches.
 Frame: keypoints in px with pixel centres at whole numbers (COCO's frame), third column 0 = missing;
 boxes and regions are x, y, w, h in px. Masks are bool (B, N), True = masked.
 A sample is a function of (seed, epoch, index) alone: worker count and world size change nothing.
@@ -83,12 +83,12 @@ class PretrainPictures(Dataset):
         shape = self.size[1] / self.size[0]
         if self.options.region == "grow":
             region = grown_region(region, shape, people.size[row])
-        # What the pictures of a pose share comes from one stream, the rest from their own.
-        whole, single = (0, pose_id), (1, index)
+        # What the pictures of a pose share comes from the pose's stream, the rest from their own.
+        of_pose, of_picture = (0, pose_id), (1, index)  # 0 and 1 keep the two kinds apart
         shared = self.options.shared if pose_id >= 0 else "nothing"
-        seed_all(FLIP, self.seed, epoch, *(single if shared == "nothing" else whole))
+        seed_all(FLIP, self.seed, epoch, *(of_picture if shared == "nothing" else of_pose))
         mirrored = torch.rand(()) < 0.5
-        seed_all(CROP, self.seed, epoch, *(whole if shared == "crop" else single))
+        seed_all(CROP, self.seed, epoch, *(of_pose if shared == "crop" else of_picture))
         left, top, cw, ch = random_crop(*region[2:], self.options.crop_min, shape)
         crop = region[0] + left, region[1] + top, cw, ch
         seed_all(SAMPLE, self.seed, epoch, index)
@@ -202,26 +202,26 @@ def part_guided_mask(keypoints, grid, mask_ratio, patch_size, generator=None, no
         noise = torch.rand(B, noise_size(grid), generator=generator, device=device)
     noise = noise.to(keypoints.device)
     n_masked = round(mask_ratio * N)
-    block, order, k, amount, within, rest = noise.split(noise_parts(grid), 1)
+    block_u, order_u, k_u, amount_u, within_u, rest_u = noise.split(noise_parts(grid), 1)
 
     # Levels of the masking order: 0 … 5 parts in this picture's order, 6 the block, 7 the rest.
-    level = torch.where(block_mask(block, grid, n_masked), 6, 7)
+    level = torch.where(block_mask(block_u, grid, n_masked), 6, 7)
     part = part_patches(keypoints, grid, patch_size)  # (B, 6, N)
     size = part.sum(2)  # (B, 6) patches of each part
-    # Shuffle the parts, unusable ones last; rank of each part in that order.
-    rank = torch.where(size > 0, order, order + 1).argsort(1).argsort(1)
+    # Shuffle the parts, unusable ones last. argsort of argsort: each part's turn in that order.
+    turn = torch.where(size > 0, order_u, order_u + 1).argsort(1).argsort(1)
     # k ~ U{0..6}. deviates from HAP's release, which draws k wrongly (always 0 soon).
-    first_k = rank < (k * 7).long()
+    first_k = turn < (k_u * 7).long()
     # floor(n · U(0, .3)) patches of each of the first k parts.
-    chosen = (size * amount * 0.3).long() * (first_k & (size > 0))
+    chosen = (size * amount_u * 0.3).long() * (first_k & (size > 0))
     # A random `chosen` of the part's patches: those whose noise is below its chosen-th smallest.
-    within = within.view(B, 6, N).masked_fill(~part, 2.0)
+    within = within_u.view(B, 6, N).masked_fill(~part, 2.0)
     bound = within.sort(2).values.gather(2, (chosen - 1).clamp(min=0).unsqueeze(2))
     front = (within <= bound) & (chosen > 0).unsqueeze(2)
-    level = torch.where(front, rank.unsqueeze(2), 7).amin(1).minimum(level)
+    level = torch.where(front, turn.unsqueeze(2), 7).amin(1).minimum(level)
     # Mask the front of the order. Ties inside a level fall at random.
     # deviates from HAP's release, where the order of an unstable sort decides.
-    return front_of_order(level + rest, n_masked)
+    return front_of_order(level + rest_u, n_masked)
 
 
 def front_of_order(score, n_masked):
@@ -246,7 +246,7 @@ def part_patches(keypoints, grid, patch_size):
     a = torch.stack([joints[i] for i, _ in links], 1)  # (B, L, 3)
     b = torch.stack([joints[j] for _, j in links], 1)
     low, high = a.minimum(b), a.maximum(b)
-    valid = low[..., 2:] > 0  # a link with a missing end point is skipped
+    valid = low[..., 2:] > 0  # both end points are there; else the link is skipped
     columns, rows = torch.arange(w, device=low.device), torch.arange(h, device=low.device)
     across = (columns >= low[..., :1]) & (columns <= high[..., :1])  # (B, L, w)
     down = (rows >= low[..., 1:2]) & (rows <= high[..., 1:2]) & valid  # (B, L, h)
@@ -278,7 +278,7 @@ def block_mask(noise, grid, budget):
         top = (top_u * (h - tall + 1).clamp(min=1)).long()
         left = (left_u * (w - wide + 1).clamp(min=1)).long()
         bottom, right = (top + tall).clamp(max=h), (left + wide).clamp(max=w)
-        # Patches already masked inside each rectangle, from sums over the upper left.
+        # Patches already masked inside each rectangle, by a summed-area table.
         sums = F.pad(mask.int().cumsum(1).cumsum(2), (1, 0, 1, 0)).flatten(1)
 
         def inside(y, x, sums=sums):
@@ -305,33 +305,33 @@ def recognised(joints):
 
 
 class PoseBatches(StepSampler):
-    """Which pictures share a batch: `slots` slots of P pictures each, over all ranks.
+    """Which pictures share a batch: `slots` slots of K pictures each, over all ranks.
 
-    A slot holds P pictures of one pose, sampled without replacement, or P pictures without pose
-    group. A pose with n pictures fills n // P slots of an epoch; poses with fewer than P are left
-    out. With P = 1 poses are not grouped: every picture is a slot. Ranks take whole slots.
+    A slot holds K pictures of one pose, sampled without replacement, or K pictures without pose
+    group. A pose with n pictures fills n // K slots of an epoch; poses with fewer than K are left
+    out. With K = 1 poses are not grouped: every picture is a slot. Ranks take whole slots.
     An epoch takes every slot once, or of each file its share: round(share · slots), spread evenly.
     A file with fewer slots than its share goes round again in the same order, so that no picture
     meets itself in a batch. The order is a function of (seed, epoch); the last incomplete batch of
     an epoch is dropped.
 
-    short: pictures left out because their pose has fewer than P. posed: whether an epoch draws any
+    short: pictures left out because their pose has fewer than K. posed: whether an epoch draws any
     picture with a pose group (with gamma_mp, it must).
 
-    Raises UserError where no pose of a file has P pictures, for a share that fills no slot or would
+    Raises UserError where no pose of a file has K pictures, for a share that fills no slot or would
     put a picture twice into a batch, and when an epoch holds no full batch.
     """
 
     def __init__(self, dataset, batch, pictures_per_pose, shares, seed, ranks):
-        self.seed, self.ranks, self.P = seed, ranks, pictures_per_pose
+        self.seed, self.ranks, self.K = seed, ranks, pictures_per_pose
         self.size, self.slots = batch, batch // pictures_per_pose
         if batch % (pictures_per_pose * ranks.world):
             unit = pictures_per_pose * ranks.world
-            poses = f"poses of pictures_per_pose={self.P} on {ranks.world} rank(s)"
+            poses = f"poses of pictures_per_pose={self.K} on {ranks.world} rank(s)"
             raise UserError(f"batch={batch} does not split into {poses}; take multiples of {unit}")
         self.groups, self.singles, self.short = [], [], 0
         for people, start in zip(dataset.people, dataset.starts):
-            grouped = people.pose_id >= 0 if self.P > 1 else np.zeros(len(people.files), bool)
+            grouped = people.pose_id >= 0 if self.K > 1 else np.zeros(len(people.files), bool)
             self.groups.append(self._whole_groups(people, np.flatnonzero(grouped), start))
             self.singles.append(np.flatnonzero(~grouped) + start)
             self.short += int(grouped.sum()) - len(self.groups[-1][1])
@@ -343,48 +343,49 @@ class PoseBatches(StepSampler):
                 raise UserError(f"shares={shares} must be one number ≥ 0 per {files}")
             ends = np.round(np.cumsum(shares) / np.sum(shares) * total).astype(int)
             counts = np.diff(ends, prepend=0)
+        # Spread evenly, a file has at most this many slots in a batch; 1 for its offset.
         in_a_batch = np.ceil(counts * self.slots / max(total, 1)) + 1
         at_most = np.minimum(in_a_batch, self.slots)
         for f in np.flatnonzero(np.minimum(counts, at_most) > offered):
             folder, n = dataset.people[f].folder, len(dataset.people[f].files)
             raise UserError(
                 f"shares={shares} asks for {counts[f]} slots of an epoch from {folder}, whose {n} "
-                f"pictures fill {offered[f]} (pictures_per_pose={self.P}): a picture would stand "
+                f"pictures fill {offered[f]} (pictures_per_pose={self.K}): a picture would stand "
                 "twice in a batch; lower its share or the batch"
             )
         drawn = [np.append(g[1], s) for n, g, s in zip(counts, self.groups, self.singles) if n]
         self.posed = any((dataset.pose_id[indices] >= 0).any() for indices in drawn)
         self.counts, self.steps_per_epoch = counts, total // self.slots
         if self.steps_per_epoch == 0:
-            holds = f"the {total * self.P} pictures an epoch holds"
+            holds = f"the {total * self.K} pictures an epoch holds"
             raise UserError(f"batch={batch} is larger than {holds}; lower it")
 
     def _whole_groups(self, people, rows, start):
-        """(pose_id, index) arrays sorted by pose, only poses with ≥ P pictures."""
+        """(pose_id, index) arrays sorted by pose, only poses with ≥ K pictures."""
         rows = rows[np.argsort(people.pose_id[rows], kind="stable")]
         ids, counts = np.unique(people.pose_id[rows], return_counts=True)
-        if len(ids) and counts.max() < self.P:
+        if len(ids) and counts.max() < self.K:
             raise UserError(
-                f"no pose in {people.folder} has pictures_per_pose={self.P} pictures, the most "
+                f"no pose in {people.folder} has pictures_per_pose={self.K} pictures, the most "
                 f"have {counts.max()}; lower pictures_per_pose"
             )
-        rows = rows[np.isin(people.pose_id[rows], ids[counts >= self.P])]
+        rows = rows[np.isin(people.pose_id[rows], ids[counts >= self.K])]
         return people.pose_id[rows], rows + start
 
     def file_slots(self, epoch, f):
-        """All slots of a file in this epoch's order: (slots, P) picture indices."""
+        """All slots of a file in this epoch's order: (slots, K) picture indices."""
         rng, singles = rng_of(ORDER, self.seed, epoch, f), self.singles[f]
         pose, index = self.groups[f]
         order = np.lexsort((rng.random(len(index)), pose))  # shuffled within each pose
         _, starts, counts = np.unique(pose, return_index=True, return_counts=True)
         place = np.arange(len(pose)) - np.repeat(starts, counts)  # of a picture in its pose
-        whole = place < np.repeat(counts // self.P * self.P, counts)
-        grouped = index[order][whole].reshape(-1, self.P)
-        loose = rng.permutation(singles)[: len(singles) // self.P * self.P].reshape(-1, self.P)
+        whole = place < np.repeat(counts // self.K * self.K, counts)
+        grouped = index[order][whole].reshape(-1, self.K)
+        loose = rng.permutation(singles)[: len(singles) // self.K * self.K].reshape(-1, self.K)
         return rng.permutation(np.concatenate([grouped, loose]))
 
     def epoch_slots(self, epoch):
-        """(slots, P) picture indices of one epoch: a pure function of (seed, epoch)."""
+        """(slots, K) indices, f(seed, epoch). Slot i of a file's n is at (i + offset) / n."""
         parts, places = [], []
         for f, n in enumerate(self.counts.tolist()):
             slots = self.file_slots(epoch, f)
@@ -395,4 +396,4 @@ class PoseBatches(StepSampler):
 
     def epoch_batches(self, epoch):
         S, used = self.steps_per_epoch, self.steps_per_epoch * self.slots
-        return self.epoch_slots(epoch)[:used].reshape(S, self.slots, self.P, 1)
+        return self.epoch_slots(epoch)[:used].reshape(S, self.slots, self.K, 1)

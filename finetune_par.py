@@ -9,7 +9,7 @@ Outputs  in `out`: metrics.json (mA, accuracy, precision, recall, F1), attribute
          predict: predictions.csv (probability of each attribute), predictions.png.
 
   python finetune_par.py --cfg configs/finetune_par_demo.yaml                             # laptop
-  torchrun --nproc_per_node=2 finetune_par.py --cfg configs/finetune_par_pa100k.yaml \\
+  torchrun --nproc_per_node=1 finetune_par.py --cfg configs/finetune_par_pa100k.yaml \\
          encoder=ENCODER annotation=PA-100K/annotation.mat images=PA-100K/data            # GPUs
   python finetune_par.py weights=runs/demo/par_pretrained/model.safetensors eval_only=true \\
          test=runs/demo/people/attributes_test.csv out=OUT
@@ -46,7 +46,7 @@ from plumbing.config import JOB, MACHINE, Key, check_job, read_config
 from tasks.attributes import THRESHOLD, AttributePictures, attribute_metrics, weighted_bce
 from tasks.features import TOKENS, feature_width, reads_pose, token_features
 
-# What code outside imports from here, wherever it is defined.
+# Public names of this script; they are defined in tasks/.
 __all__ = ["attribute_metrics", "weighted_bce"]
 
 KEYS = dict(
@@ -269,7 +269,7 @@ def evaluate(cfg, model, split, ranks):
             logits = model(normalize(sample["image"].to(ranks.device)))
         parts.append(logits.float().sigmoid().cpu().numpy())
     model.train()
-    return np.concatenate(common.gather_rows(parts, ranks))
+    return np.concatenate(common.gather_objects(parts))
 
 
 def evaluate_only(cfg, names, test, about, ranks):

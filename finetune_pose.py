@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pycocotools  # noqa: F401  known to be missing now, not after the training
+import pycocotools  # noqa: F401  if it is missing: here, not after the training
 import torch
 
 from common import UserError
@@ -53,7 +53,7 @@ KEYS = dict(
     max_bad_boxes=Key(0, "boxes without area on their picture left out at most, counted", low=0),
     height=Key(256, "input height", "[ViTPose]", low=16),
     width=Key(192, "input width", "[ViTPose]", low=16),
-    padding=Key(1.25, "boxes grow by this after taking the input's aspect", "[ViTPose]", low=1),
+    padding=Key(1.25, "factor of boxes after taking the input's aspect", "[ViTPose]", low=1),
     flip=Key(0.5, "probability of a mirror image", "[ViTPose]", low=0, high=1),
     half_body=Key(0.3, "probability of an upper or lower half, with > 8 visible joints",
                   "[ViTPose]", low=0, high=1),
@@ -253,7 +253,7 @@ def find_poses(cfg, model, people, ranks):
         for matrix, joints in zip(sample["matrix"].numpy(), found):
             joints[:, :2] = pose.to_picture(matrix, joints[:, :2])
         parts.append(found)
-    return np.concatenate(common.gather_rows(parts, ranks))
+    return np.concatenate(common.gather_objects(parts))
 
 
 def report(cfg, model, val, ranks):

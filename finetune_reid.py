@@ -9,7 +9,7 @@ Outputs  in `out`: metrics.json (mAP, CMC), ranked_lists.png (best, median, wors
          log.jsonl, curves.png, config.yaml. predict: embeddings.npz, nearest.png.
 
   python finetune_reid.py --cfg configs/finetune_reid_demo.yaml                           # laptop
-  torchrun --nproc_per_node=2 finetune_reid.py --cfg configs/finetune_reid_market.yaml \\
+  torchrun --nproc_per_node=1 finetune_reid.py --cfg configs/finetune_reid_market.yaml \\
          data=MARKET                                                                      # GPUs
   python finetune_reid.py weights=runs/demo/reid_pretrained/model.safetensors eval_only=true \\
          data=runs/demo/people out=OUT
@@ -51,7 +51,7 @@ from tasks.ranking import (
 )
 from tasks.reid import AugmentedPictures, PersonBatches, ReID
 
-# What code outside imports from here, wherever it is defined.
+# Public names of this script; they are defined in tasks/.
 __all__ = ["ranking_metrics", "triplet_loss"]
 
 KEYS = dict(
@@ -71,7 +71,7 @@ KEYS = dict(
     pictures_per_person=Key(8, "K: pictures of each person; fewer are shown again, augmented anew",
                             "[MALE]", low=2),
     # model
-    token=Key("cls", "the feature", "[HAP] cls; [POSE] is the paper's own question", TOKENS),
+    token=Key("cls", "the feature", "[HAP] cls; [POSE] [silent]", TOKENS),
     bnneck=Key(False, "batch norm between triplet and identity loss; the test feature is behind it",
                "option, [BoT]"),
     drop_path=Key(0.1, "drop path of the last block, rising linearly", "[MALE]", low=0, high=0.9),
@@ -210,7 +210,7 @@ def embed(cfg, model, people, ranks):
         with common.autocast(ranks.device, cfg.precision):
             features = model.embed(normalize(images.to(ranks.device)))
         parts.append(features.cpu().numpy())
-    return np.concatenate(common.gather_rows(parts, ranks))
+    return np.concatenate(common.gather_objects(parts))
 
 
 def evaluate(cfg, model, query, gallery, ranks):

@@ -9,16 +9,16 @@ Outputs  in `out`: metrics.json (R@1, R@5, R@10, mAP, text → image and image �
          (fine-tuned), last.pt (everything to resume), log.jsonl, curves.png, config.yaml.
 
   python finetune_t2i.py --cfg configs/finetune_t2i_demo.yaml                        # laptop
-  torchrun --nproc_per_node=2 finetune_t2i.py --cfg configs/finetune_t2i_cuhk.yaml \\
+  torchrun --nproc_per_node=1 finetune_t2i.py --cfg configs/finetune_t2i_cuhk.yaml \\
          encoder=ENCODER captions=CUHK-PEDES/reid_raw.json images=CUHK-PEDES/imgs    # GPUs
   python finetune_t2i.py weights=runs/demo/t2i_pretrained/model.safetensors \\
          predict=FOLDER sentence="a woman in a red coat" out=OUT
 
 Picture: ViT patch tokens, maximum over the patches. Text: frozen BERT (or learned word vectors,
 nothing to download) → BiLSTM, maximum over the words. Both share one projection and one identity
-classifier. The last epoch is reported; HAP's code reports its best one on the test set. Its
-learning rates fall one epoch before its milestones (its scheduler steps before the first epoch),
-ours after them. HAP ViT-B: CUHK-PEDES 68.05 R@1, ICFG-PEDES 61.80, RSTPReid 49.35.
+classifier. The last epoch is reported; HAP's code reports its best one on the test set. HAP's
+scheduler steps before the first epoch, so its rates fall one epoch before the milestones; ours fall
+at them. HAP ViT-B: CUHK-PEDES 68.05 R@1, ICFG-PEDES 61.80, RSTPReid 49.35.
 Legend: B pairs on this rank · M pairs of all ranks · D width · T tokens · v, t (B, E) features of
 picture and text.
 """
@@ -323,7 +323,7 @@ def embed_pictures(cfg, model, gallery, ranks):
         with common.autocast(ranks.device, cfg.precision):
             v = model.image_features(normalize(images.to(ranks.device)))
         parts.append(F.normalize(v.float(), dim=1).cpu().numpy())
-    return np.concatenate(common.gather_rows(parts, ranks))
+    return np.concatenate(common.gather_objects(parts))
 
 
 @torch.no_grad()
@@ -336,7 +336,7 @@ def embed_texts(cfg, model, text, sentences, ranks):
         tokens, lengths = (x.to(ranks.device) for x in pad_tokens(rows))
         t = model.text_features(text.vectors(tokens, lengths), lengths)
         parts.append(F.normalize(t, dim=1).cpu().numpy())
-    return np.concatenate(common.gather_rows(parts, ranks))
+    return np.concatenate(common.gather_objects(parts))
 
 
 def predict(cfg, ranks):

@@ -60,7 +60,7 @@ CONDITIONS = {
     ("t2i_adapter", "keypose"): (skeletons.draw_keypose, "TencentARC/t2iadapter_keypose_sd14v1"),
     ("t2i_adapter", "openpose"): (blended, "TencentARC/t2iadapter_openpose_sd14v1"),
     ("controlnet", "openpose"): (skeletons.draw_openpose, "lllyasviel/control_v11p_sd15_openpose"),
-    ("text", "none"): (lambda people, size: Image.new("RGB", size), None),  # not shown to anyone
+    ("text", "none"): (lambda people, size: Image.new("RGB", size), None),  # no network is shown it
 }
 
 KEYS = dict(
@@ -81,7 +81,7 @@ KEYS = dict(
                         "[silent]; [T2I-Adapter]'s script has a list of flaws"),
     pictures_per_pose=Key(5, "K, pictures of each pose", "[paper, inferred]", low=1),
     poses=Key(0, "take the first so many; 0: all (the sampling puppet needs a number)", low=0),
-    first_pose=Key(0, "number of the first sampled pose, or given ones to pass over", low=0),
+    first_pose=Key(0, "number of the first sampled pose; of given ones, how many to skip", low=0),
     min_score=Key(MIN_SCORE, "joints visible from this score on, where annotations hold "
                   "scores", "[HRNet] [ViTPose]", low=0.01, high=1),
     min_joints=Key(1, "leave out people with fewer joints", "[silent]", low=1, high=17),
@@ -121,6 +121,7 @@ def main():
     device = "cpu" if cfg.backend == "puppet" else cfg.device
     ranks = common.start_ranks(device, cfg.precision)
     out = Path(cfg.out)
+    # A finished run ends here, before its inputs are read.
     if (out / "done").exists() and is_finished(common.open_run(asked, KEYS, ranks), out, ranks):
         return
 
@@ -249,7 +250,7 @@ class Source:
         return np.concatenate([xy, keypoints[..., 2:]], -1) * (keypoints[..., 2:] > 0)
 
     def crop(self, picture, n):
-        """Person n cut out by his box [paper, Fig. 3]; the joints follow [inferred].
+        """Person n cut out by the box [paper, Fig. 3]; the joints follow [inferred].
 
         → (PIL picture, (17, 3)). A joint that the box cuts off is missing in the crop.
         """

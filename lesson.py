@@ -4,7 +4,7 @@ There are no pictures here and hardly a network: a few dozen embeddings lie on a
 optimiser moves them, so that everything a loss does can be seen. Each section prints what it found
 beside what to expect, and draws a picture. docs/lesson.md walks through them and has exercises.
 
-  python lesson.py                           # all seven, less than a minute on one CPU core
+  python lesson.py                           # all seven, 10 to 20 seconds on one CPU core
   python lesson.py temperature out=FOLDER    # one of them, its picture in FOLDER
 Legend: M embeddings · D width · R ranks · z (M, D) embeddings · id (M,) the pose of each.
 """

@@ -2,9 +2,8 @@
 
     L = L_rec + γ1·L_align + γ2·L_mp
 
-Legend: B embeddings on this rank · M embeddings on all ranks · R ranks · N patches · D width · p
-patch side · H, W picture · h, w grid. Suffix _local: this rank's rows; _all: the rows of all ranks,
-in rank order.
+Legend: B embeddings on this rank · M embeddings on all ranks, in rank order · N patches · D width ·
+p patch side · H, W picture · h, w grid.
 
 Several ranks. Each loss returns this rank's *share*: the mean of the shares over the ranks is the
 loss of the global batch, and DistributedDataParallel's mean of the gradients is the exact gradient
@@ -34,9 +33,8 @@ def world_size():
 class GatherWithGradient(torch.autograd.Function):
     """(B, …) on each rank → (M, …) on all. Backward: own rows of the sum of all ranks' gradients.
 
-    Keeping only the own slice of the own gradient (SimCLR's and MoCo's released gathers) loses what
-    the other ranks' anchors say about this rank's columns: after DDP's mean 0.25 to 0.74 of the
-    true gradient was left on 4 ranks.
+    Keeping only the own slice of the own gradient (Spijkervet's SimCLR, open_clip by default) loses
+    what the other ranks' anchors say about this rank's columns: docs/lesson.md, section 7.
     """
 
     @staticmethod
@@ -47,7 +45,7 @@ class GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         gradient = gradient.contiguous().clone()  # autograd may still own the original
-        # A column was a negative, or a positive, for the anchors of every rank: all of them pull.
+        # Every rank's anchors met this column, as a negative or a positive: all send a gradient.
         dist.all_reduce(gradient)
         first = dist.get_rank() * ctx.rows
         return gradient[first : first + ctx.rows]
@@ -194,7 +192,7 @@ def reconstruction_loss(pred, images, mask, patch_size):
 
     pred (B, N, p·p·3): pixels row by row, channel last; images (B, 3, H, W) float, as the encoder
     saw them; mask (B, N) bool, True = masked; rows may differ in number. → scalar ≥ 0, this rank's
-    share; nothing masked: 0.
+    share; nothing masked: 0. GenPoCCL, whose rows mask equally many, takes patch_error's mean.
     """
     with no_autocast(pred):
         pred, images = full_precision(pred, images)

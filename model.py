@@ -35,7 +35,7 @@ SIZES = dict(
 
 
 def normalize(pictures):
-    """uint8 (B, 3, H, W) → float32 with ImageNet mean 0 and standard deviation 1, on its device."""
+    """uint8 (B, 3, H, W) → float32, less ImageNet's mean, over its standard deviation."""
     pixels = pictures.to(torch.float32, copy=True)
     # Numbers, not a tensor of three, which the host would copy to the GPU and wait for.
     # In place, because fresh memory for each result took 20 × as long on a CPU.
@@ -99,7 +99,7 @@ class Block(nn.Module):
         self.attn = Attention(width, heads)
         self.norm2 = nn.LayerNorm(width, eps=EPS)
         self.mlp = Mlp(width)
-        self.controller = None  # SOLIDER's stands behind three of the blocks
+        self.controller = None  # SOLIDER alone: ViT sets three of them
 
     def forward(self, x, keep=None):
         if keep is None:
@@ -154,7 +154,7 @@ class ViT(nn.Module):
 
     image_size (H, W) in pixels, multiples of patch_size. pos_embed (1, N, D) belongs to the
     patches, special tokens have position zero; fixed in pre-training, trainable downstream.
-    drop_path: rate of the last block, rising linearly from 0 over the depth; acts only with noise.
+    drop_path: rate of the last block, rising linearly from 0 over the depth; needs drop_noise.
     checkpoint_activations: recompute blocks in the backward pass, a fifth slower, far less memory.
     controller: SOLIDER's, after ¼, ½ and ¾ of the depth; semantic_weight: its λ, None without it.
     """
@@ -248,7 +248,7 @@ def load_encoder(path):
 
 
 class Decoder(nn.Module):
-    """[MAE, HAP] visible tokens go back to their places, mask tokens fill the rest, are predicted.
+    """[MAE, HAP] Mask tokens follow the visible tokens; positions say where each belongs.
 
     `encoder` is only asked for its shape. The special tokens pass through and are dropped at the
     end [HAP for [CLS]]; paper silent on [POSE]: pose_in_decoder=False keeps it out.
@@ -272,14 +272,14 @@ class Decoder(nn.Module):
     def forward(self, tokens, visible, masked):
         """Predict the masked patches, in the order of `masked`.
 
-        tokens (B, S + V, D) from the encoder; visible (B, V) and masked (B, N − V) long patch ids
-        that together are all N. → (B, N − V, p·p·3) normalised pixels.
+        tokens (v·B, S + V, D) from the encoder; visible (v·B, V) and masked (v·B, N − V) long patch
+        ids that together are all N. → (v·B, N − V, p·p·3) normalised pixels.
         """
         if self.drop_pose:
             tokens = torch.cat([tokens[:, :1], tokens[:, 2:]], dim=1)
         x, S, B = self.embed(tokens), self.n_special, len(tokens)
         # A token's place is its position code, not its row: mask tokens follow the visible ones.
-        place = self.pos_embed[0, S:][torch.cat([visible, masked], dim=1)]  # (B, N, width)
+        place = self.pos_embed[0, S:][torch.cat([visible, masked], dim=1)]  # (v·B, N, width)
         position = torch.cat([self.pos_embed[:, :S].expand(B, -1, -1), place], dim=1)
         mask_tokens = self.mask_token.to(x.dtype).expand(B, masked.shape[1], -1)
         x = torch.cat([x, mask_tokens], dim=1) + position
@@ -335,13 +335,13 @@ class GenPoCCL(nn.Module):
           the masked patches in grid order (None without decoder); bad (B,) bool: pictures whose
           output is not finite.
         """
-        # Each picture by itself, then all pictures of the batch together.
+        # Each picture by itself: tokens, L_rec. Then the whole batch: L_align, L_mp, L.
         return self.contrast(self.reconstruct(images, masks), pose_id)
 
     def reconstruct(self, images, masks, decode=True):
         """The first half of forward: special tokens (v, B, S, D), L_rec, what is not finite.
 
-        It compares no pictures: in parts of a batch it gives the same. decode=False: tokens alone.
+        Pictures do not meet here, so a batch may be taken in parts. decode=False: tokens alone.
         """
         v, B = len(masks), len(images)
         zero = torch.zeros((), device=images.device)
@@ -353,7 +353,7 @@ class GenPoCCL(nn.Module):
             visible, masked = split_mask(torch.cat(masks), self.n_visible)
         tokens = self.encoder(images, visible)  # (v·B, S + V, D)
         out["special"] = tokens[:, : self.encoder.n_special].unflatten(0, (v, B))
-        finite = tokens.detach().float().sum((1, 2)).view(v, B)
+        finite = tokens.detach().float().sum((1, 2)).view(v, B)  # a sum shows any NaN or infinity
 
         # Eq.  L_rec = mean over views and masked patches of ‖pred − target‖² / (3p²)
         if self.decoder is not None and decode:
@@ -361,7 +361,7 @@ class GenPoCCL(nn.Module):
             with no_autocast(pred):
                 pred, patches = full_precision(pred, patchify(images, self.encoder.patch_size))
                 error = losses.patch_error(pred, take_patches(patches, masked))
-                # As many masked patches in every picture: a mean of means is exact.
+                # Every picture masks equally many patches: this is the mean over all of them.
                 out["rec"] = error.mean()
             out["pred"] = pred.detach().unflatten(0, (v, B))
             finite = finite + error.detach().sum(1).view(v, B)
@@ -371,7 +371,7 @@ class GenPoCCL(nn.Module):
     def contrast(self, out, pose_id):
         """The second half: adds to the first one's dict what compares pictures, and L.
 
-        It needs all pictures of the batch: in parts of a batch it gives something else.
+        Here pictures are compared: it needs the whole batch.
         """
         special, v = out["special"], len(out["special"])
         out["cls"] = special[:, :, 0]
@@ -384,11 +384,9 @@ class GenPoCCL(nn.Module):
 
         # Eq.  L_mp = −1/|A| Σ_i Σ_j p_ij log q_ij  on [POSE]
         if self.gamma_mp > 0:
-            z = self.projector(special[:, :, self.token].flatten(0, 1))  # (v·B, d)
+            z = self.projector(special[:, :, self.token].flatten(0, 1))  # (v·B, d), view by view
             s = 1 if self.views_are_positives else v  # all views in one set, or each by itself
-            z = z.unflatten(0, (s, -1))  # (s, v·B / s, d)
-            ids = pose_id.repeat(v).view(s, -1)  # (s, v·B / s)
-            sets = list(zip(z, ids))
+            sets = list(zip(z.chunk(s), pose_id.repeat(v).chunk(s)))
             out["mp"] = sum(losses.multi_positive_loss(z, id, self.tau_mp) for z, id in sets) / s
             out["health"] = [losses.contrastive_health(z, id) for z, id in sets]  # to be logged
 

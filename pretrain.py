@@ -57,7 +57,7 @@ KEYS = dict(
                   "[HRNet] [ViTPose]", low=0.01, high=1),
     height=Key(256, "input height", "[HAP]", low=16),
     width=Key(128, "input width", "[HAP]", low=16),
-    box_padding=Key(1.25, "boxes grow by this before cropping, within the picture", low=1),
+    box_padding=Key(1.25, "boxes grow by this factor before cropping, within the picture", low=1),
     region=Key("grow", "a box too wide or too tall for a crop: grow, black beyond the picture; "
                "or box: it loses its sides", "ours; [HAP] reads whole crops", ("grow", "box")),
     crop_min=Key(0.8, "smallest share of the region in a random crop",
@@ -66,9 +66,9 @@ KEYS = dict(
                "crop: both flip and crop", "[silent]", ("nothing", "flip", "crop")),
     augmentation=Key("hap", "hap: crop and flip; strong: + jitter, grey, blur [StableRep]",
                      "[HAP]", ("hap", "strong")),
-    pictures_per_pose=Key(5, "P: pictures of one pose in a batch, with gamma_mp; 1: not grouped",
+    pictures_per_pose=Key(5, "K: pictures of one pose in a batch, with gamma_mp; 1: not grouped",
                           "[silent]", low=1),
-    batch=Key(4080, "pictures in a global batch", "[HAP] 4096; whole fives on 8 ranks", low=1),
+    batch=Key(4080, "pictures in a global batch", "[HAP] 4096; groups of 5 on 8 ranks", low=1),
     # model
     size=Key("base", "encoder size", "[HAP]", tuple(SIZES)),
     patch=Key(16, "patch side in pixels", "[MAE]", low=1),
@@ -83,7 +83,7 @@ KEYS = dict(
     pose_in_decoder=Key(True, "[POSE] is seen by the decoder", "[silent]"),
     compile=Key(False, "torch.compile the model"),
     checkpoint_activations=Key(False, "recompute activations: less memory", may_change=True),
-    accumulate=Key(1, "parts of a rank's batch, one at a time in memory; the batch's own gradient",
+    accumulate=Key(1, "split a rank's batch into so many parts: less memory, the same gradient",
                    "[GradCache]", low=1, may_change=True),
     # losses
     gamma_align=Key(0.05, "γ1, weight of L_align", "[paper]", low=0),
@@ -144,8 +144,8 @@ def main():
     total = cfg.epochs * batches.steps_per_epoch
     warmup = round(cfg.warmup_epochs * batches.steps_per_epoch)
     log = common.StepLog(cfg, ranks, dataset, batches, first, total)
-    weights = sum(p.numel() for p in model.parameters())
-    log.say(f"{about}, {total} steps of {cfg.batch}, {weights:,} parameters")
+    n_parameters = sum(p.numel() for p in model.parameters())
+    log.say(f"{about}, {total} steps of {cfg.batch}, {n_parameters:,} parameters")
     if warmup >= total:
         log.say(f"the rate only rises: warmup_epochs={cfg.warmup_epochs:g}, epochs={cfg.epochs}")
     if earlier:
@@ -157,7 +157,7 @@ def main():
 
     # Nothing in a step waits for the device: its figures are read while the next step runs.
     for step, sample in enumerate(loader, first):
-        # Nothing below draws from it: for a loss of your own, a function of (seed, step) as all is.
+        # For a loss of your own that draws random numbers; nothing below does.
         common.seed_all(common.STEP, cfg.seed, step)
         lr = common.learning_rate(step, total, warmup, peak=cfg.blr * cfg.batch / 256)
         common.set_learning_rate(optimizer, lr)
@@ -170,8 +170,8 @@ def main():
         if cfg.accumulate == 1:
             with autocast:
                 result = runner(images, masks, pose_id)  # the method: GenPoCCL.forward
-            # Outside autocast, and on shares of the loss whose mean over ranks is the loss: the
-            # mean of the ranks' gradients is then that of one process (losses.py).
+            # Outside autocast. This rank's share of the loss: DDP's mean of the gradients over the
+            # ranks is the gradient of the global batch (losses.py).
             result["total"].backward()
         else:  # the same gradient in less memory
             batch = images, masks, pose_id
@@ -240,8 +240,8 @@ def build_data(cfg, ranks):
             f"{', '.join(cfg.annotations)} has a pose_id; add a generated set or set gamma_mp=0"
         )
     # L_mp needs several pictures of a pose in a batch; without it nothing asks for whole poses.
-    P = cfg.pictures_per_pose if cfg.gamma_mp else 1
-    batches = PoseBatches(dataset, cfg.batch, P, cfg.shares, cfg.seed, ranks)
+    K = cfg.pictures_per_pose if cfg.gamma_mp else 1
+    batches = PoseBatches(dataset, cfg.batch, K, cfg.shares, cfg.seed, ranks)
     own = cfg.batch // ranks.world
     if own % cfg.accumulate:
         raise UserError(f"accumulate={cfg.accumulate} must divide the {own} pictures of a rank")
@@ -253,7 +253,7 @@ def build_data(cfg, ranks):
     about = f"{len(dataset)} people, {grouped} with a pose group"
     about += "".join(f", {n} {what}" for what, n in counted.items()) + f"; {', '.join(named)}"
     if batches.short:
-        about += f", {batches.short} left out because their pose has fewer than {P} pictures"
+        about += f", {batches.short} left out because their pose has fewer than {K} pictures"
     about += f"; an epoch shows {batches.steps_per_epoch * cfg.batch} pictures"
     return dataset, batches, about
 
@@ -307,8 +307,8 @@ def health(result):
 
 
 def save(cfg, model, optimizer, step, ranks, keep):
-    """Weights alone, also under the number of an epoch to `keep`, then everything to resume: after
-    a kill in between these steps are repeated, so the files always agree."""
+    """Weights alone, also under the number of an epoch to `keep`, then everything to resume. This
+    comes last: after a kill in between the steps are repeated, so the files agree again."""
     if ranks.rank == 0:
         out, weights = Path(cfg.out), model.state_dict()
         meta = meta_of(model.encoder) | dict(training=training_of(cfg, KEYS, step))

@@ -37,7 +37,7 @@ def measure(cfg, candidates, ranks):
         function()  # the first call allocates and compiles
         number = max(1, round(cfg.seconds / max(turn(function, 1), 1e-6)))
         # Ranks that repeated a collective unequally often would wait for one another for ever.
-        repeats[name] = max(common.gather_rows([number], ranks))
+        repeats[name] = max(common.gather_objects([number]))
     seconds = {name: [] for name in candidates}
     for _ in range(cfg.rounds):
         for name, function in candidates.items():

@@ -10,7 +10,7 @@ import sys
 
 _signal.signal(_signal.SIGINT, lambda *_: os._exit(130))
 # torch's threads (libgomp) spin while they wait for each other, by default for milliseconds. Beside
-# a busy program of another session a demo step on 2 cores took 5.5 s, not .5; with .2 ms 1.3 s.
+# another busy program a demo step on 2 cores took 5.5 s, not .5; with .2 ms 1.3 s.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 for stream in (sys.stdout, sys.stderr):

@@ -93,7 +93,7 @@ def folder_features(cfg, encoder, people, ranks):
             tokens = encoder(normalize(images.to(ranks.device)))
         kinds = [token_features(tokens.float(), encoder.n_special, name) for name in names]
         parts.append(torch.stack(kinds).cpu().numpy())
-    gathered = np.concatenate(common.gather_rows(parts, ranks), axis=1)
+    gathered = np.concatenate(common.gather_objects(parts), axis=1)
     return dict(zip(names, gathered))
 
 

@@ -1,4 +1,4 @@
-"""Top-down 2-D pose, from a person's box to his joints: picture, network, heat maps, decoding.
+"""Top-down 2-D pose, from a person's box to the joints: picture, network, heat maps, decoding.
 
 Legend: B people on this rank · N people of a file · K joints · D width · S special tokens ·
 H, W input · h, w heat map, 4 × the grid of patches · xy in px.
@@ -62,8 +62,8 @@ def to_input(matrix, xy):
 def warp(picture, matrix, size):
     """The input (H, W, 3) uint8 that `matrix` cuts from a PIL picture; bilinear, black outside.
 
-    deviates from [HRNet]: a picture more than twice too large is first shrunk by a whole factor,
-    which avoids aliasing.
+    deviates from [HRNet]: a picture more than twice as large as needed is first shrunk by a whole
+    factor, which avoids aliasing.
     """
     H, W = size
     linear, shift = matrix[:, :2], matrix[:, 2].copy()
@@ -241,8 +241,9 @@ class SimpleHead(nn.Module):
 def heat_maps(keypoints, size, map_size, sigma=2.0):
     """UDP targets: keypoints (B, K, 3) input px and visibility → maps (B, K, h, w), weight (B, K).
 
-    Maps have peak 1; a Gaussian's centre is not rounded. Weights are 0 or 1: a joint counts not if
-    it is missing or if its 3σ square misses the map [HRNet, whose rounding is 1 to 3 px laxer].
+    Maps have peak 1; a Gaussian's centre is not rounded. Weights are 0 or 1: a joint does not
+    count if it is missing or if its 3σ square misses the map [HRNet, whose
+    rounding is 1 to 3 px laxer].
     deviates from [HRNet]: Gaussians are not cut off at 3σ (there they are 0.011).
     """
     (H, W), (h, w) = size, map_size

@@ -157,7 +157,7 @@ def bounds(allowed, values):
 
 
 class HeldOut:
-    """Pre-training's own score: do held-out people of a nearest picture stand alike?
+    """Pre-training's own score: does the nearest picture show the same pose?
 
     cfg: score_annotations (None: no score at all), score_every, height, width.
     """

@@ -47,7 +47,7 @@ def ranking_metrics(distance, query_ids, query_cams, gallery_ids, gallery_cams):
 
     distance (Q, G) any float, smaller = more alike; ids and cameras (Q,) and (G,) whole numbers;
     arrays or tensors.
-    Each query drops the gallery pictures of its person by its own camera, and all of person -1
+    Each query drops the gallery pictures of its person from its camera, and all of person -1
     (junk). Person 0 (distractors) stays, a wrong answer to every query. Of equal distances the
     earlier gallery picture comes first.
     AP is by rank, 1/m Σ_k k / rank_k, as in MALE, TransReID and torchreid. Market-1501's own MATLAB

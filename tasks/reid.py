@@ -50,7 +50,7 @@ class ReID(nn.Module):
         return feature, self.classifier(self.neck(feature))
 
     def embed(self, images):
-        """What pictures are compared by: (B, D) float32, length 1. A neck stands before it."""
+        """What pictures are compared by: (B, D) float32, length 1; with a neck, behind it."""
         feature = token_features(self.encoder(images), self.encoder.n_special, self.token)
         return F.normalize(self.neck(feature).float(), dim=1)
 

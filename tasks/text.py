@@ -27,7 +27,7 @@ from tasks.ranking import evaluate_features
 
 
 def check_known(text, sentence):
-    """UserError for a sentence without a word of the vocabulary, to which all such are the same."""
+    """UserError for a sentence without a known word: all such have the same feature."""
     if isinstance(text, Words) and not any(word in text.ids for word in split_words(sentence)):
         few = ", ".join(text.words[:8])
         raise UserError(f'no word of "{sentence}" was in the training captions, which have {few} …')

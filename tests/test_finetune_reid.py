@@ -198,7 +198,7 @@ def test_three_ranks_embed_each_picture_once(data, monkeypatch):
     _, query, gallery, _ = read_data(data)
     for part in (query, gallery):
         whole = finetune_reid.embed(cfg, model, part, ALONE)
-        monkeypatch.setattr(common, "gather_rows", lambda rows, ranks: rows)
+        monkeypatch.setattr(common, "gather_objects", list)
         three = [Ranks(rank, 3, CPU) for rank in range(3)]
         shares = [finetune_reid.embed(cfg, model, part, ranks) for ranks in three]
         monkeypatch.undo()

@@ -15,7 +15,7 @@ from model import Decoder, GenPoCCL, Projector, ViT
 
 
 class OwnSliceOnly(torch.autograd.Function):
-    """Mutant: the gather of SimCLR's and MoCo's code; what other ranks say about own columns is
+    """Mutant: the gather of Spijkervet's SimCLR; what other ranks say about own columns is
     dropped.
     """
 

@@ -3,6 +3,7 @@ make.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -120,15 +121,24 @@ def test_fork_1_people_as_positives_of_the_class_token(tmp_path):
 
 
 def test_fork_2_another_loss_on_the_pose_token(sets, tmp_path):
-    """README's second fork, done in a copy: one function more and one line of GenPoCCL.forward."""
-    shutil.copytree(ROOT, tmp_path / "fork", ignore=shutil.ignore_patterns(".*", "runs", "tests"))
-    losses, model = tmp_path / "fork/losses.py", tmp_path / "fork/model.py"
-    line = "losses.multi_positive_loss(z, id, self.tau_mp)"
-    assert model.read_text().count(line) == 1
-    model.write_text(model.read_text().replace(line, "losses.spread(z)"))
-    new = "\n\ndef spread(z):\n    return F.normalize(z.float(), dim=-1).mean(0).square().sum()\n"
-    losses.write_text(losses.read_text() + new)
-    command = [sys.executable, "pretrain.py", *arguments(sets, tmp_path / "run", "epochs=1")]
-    done = subprocess.run(command, cwd=tmp_path / "fork", capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert all(0 < row["mp"] <= 1.001 for row in rows(tmp_path / "run"))
+    """README's second fork, its diff applied to a copy: the same loss on one rank and on two."""
+    fork = tmp_path / "fork"
+    shutil.copytree(ROOT, fork, ignore=shutil.ignore_patterns(".*", "runs", "tests"))
+    readme = (ROOT / "README.md").read_text().partition("**Another loss on [POSE]**")[2]
+    removed, *added = re.findall("^[-+](?![-+])(.*)$", readme.partition("```\n\n")[0], re.M)
+    model = fork / "model.py"
+    assert model.read_text().count(removed) == 1
+    model.write_text(model.read_text().replace(removed, added[0]))
+    with open(fork / "losses.py", "a") as file:
+        file.write("\n".join(["", *added[1:], ""]))
+    for ranks in (1, 2):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        words = arguments(sets, tmp_path / f"run_{ranks}", "epochs=1", "precision=fp32")
+        command = [sys.executable, *launch, "pretrain.py", *words]
+        done = subprocess.run(command, cwd=fork, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    one, two = rows(tmp_path / "run_1"), rows(tmp_path / "run_2")
+    assert len(one) == len(two) > 1 and all(0 < row["mp"] <= 1.001 for row in one)
+    for name in ("mp", "grad_norm"):
+        values = [[row[name] for row in log] for log in (one, two)]
+        assert values[0] == pytest.approx(values[1], rel=1e-4), name
