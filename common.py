@@ -357,6 +357,7 @@ class StepLog:
         if self.stopping and step + 1 < self.total:
             self.close()
             record_end(self.out, "stopped")
+            barrier()  # a rank that ends first may make torchrun end rank 0 while it saves
             done = f"stopped after step {step + 1} of {self.total}, which is saved"
             raise Stopped(errors.asked or signal.SIGTERM, f"{done}; the same command goes on")
 

@@ -153,7 +153,8 @@ def main():
     loader = common.training_loader(dataset, batches.steps(first, total), cfg.workers, ranks.device)
     if cfg.compile:
         model.compile()
-    runner = common.distributed(model, ranks.device)
+    # In parts the ranks' gradients are added up by hand: a wrapper would hold a copy of them.
+    runner = model if cfg.accumulate > 1 else common.distributed(model, ranks.device)
 
     # Nothing in a step waits for the device: its figures are read while the next step runs.
     for step, sample in enumerate(loader, first):

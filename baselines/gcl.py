@@ -176,7 +176,7 @@ def main():
             x = normalize(sample["image"].to(ranks.device, non_blocking=True))
             body = sample["guide"].to(ranks.device, non_blocking=True) / 127.5 - 1
             turned = sample["turned"].to(ranks.device, non_blocking=True) / 127.5 - 1
-            index = sample["index"].to(ranks.device)
+            index = sample["index"].to(ranks.device, non_blocking=True)
 
             # x → x' → x'': a person is redrawn, turned, and turned back.
             with common.autocast(ranks.device, cfg.precision):

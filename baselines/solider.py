@@ -254,8 +254,10 @@ class Solider(nn.Module):
         cfg, student, teacher, B = self.cfg, self.student, self.teacher, images.shape[1]
         both, S = images.flatten(0, 1), student.encoder.n_special
         weight = torch.tensor(semantic).repeat(2)  # (2B,) on the host: no row waits for the device
-        on, off = (w.nonzero()[:, 0].to(both.device) for w in (weight == 1, weight == 0))
-        weight = weight.to(both)
+        choices = weight, *(w.nonzero()[:, 0] for w in (weight == 1, weight == 0))
+        if both.is_cuda:
+            choices = (choice.pin_memory() for choice in choices)
+        weight, on, off = (choice.to(both.device, non_blocking=True) for choice in choices)
         with torch.no_grad():
             # 1. The teacher at λ = 1 → tokens before the last norm → part labels.
             tokens = teacher.encoder(

@@ -144,11 +144,11 @@ def main():
         common.seed_all(common.STEP, cfg.seed, step)
         lr = common.learning_rate(step, total, warmup, peak=cfg.blr * cfg.batch / 256)
         common.set_learning_rate(optimizer, lr)
-        images = normalize(sample["image"][:, 0].to(ranks.device, non_blocking=True))
+        images = normalize(sample["image"].to(ranks.device, non_blocking=True)[:, 0])
         local = None
         if cfg.local_crops:  # (B, l, …) → l of (B, 3, h, w), one behind the other
-            local = sample["local"].transpose(0, 1).flatten(0, 1)
-            local = normalize(local.to(ranks.device, non_blocking=True))
+            local = sample["local"].to(ranks.device, non_blocking=True)
+            local = normalize(local.transpose(0, 1).flatten(0, 1))
         caption = sample["pose_id"].to(ranks.device, non_blocking=True)
         masks = draw_masks(cfg, model.student.encoder.grid, step, len(images), ranks)
         # [SynCLR] .04 → .07, linear over the warm-up.

@@ -66,7 +66,8 @@ def vicreg_terms(x, y):
     out = dict(invariance=F.mse_loss(x, y), variance=0.0, covariance=0.0)
     for z in (x, y):
         out["variance"] += F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean() / 2  # hinge at 1
-        off = z.T.cov() * ~torch.eye(z.shape[1], dtype=torch.bool, device=z.device)  # (D, D)
+        z = z - z.mean(0)
+        off = ~torch.eye(z.shape[1], dtype=torch.bool, device=z.device) * (z.T @ z / (len(z) - 1))
         out["covariance"] += off.square().sum() / z.shape[1]
     return out
 

@@ -77,6 +77,8 @@ class Step:
         images = torch.randint(256, (B, 3, cfg.height, cfg.width), dtype=torch.uint8)
         pose_id = (torch.arange(B) + ranks.rank * B) // cfg.pictures_per_pose
         self.sample = images, keypoints, pose_id
+        if ranks.device.type == "cuda":  # as the loader does
+            self.sample = [value.pin_memory() for value in self.sample]
 
     def masks(self, keypoints):
         return pretrain.draw_masks(self.cfg, keypoints, self.model.encoder.grid, 0, self.ranks)
@@ -204,6 +206,7 @@ def vit_mae(cfg, ranks):
     make = transformers.ViTMAEForPreTraining._from_config
     model = make(config, attn_implementation="sdpa").to(ranks.device).train()
     pixels = torch.randint(256, (cfg.batch, 3, cfg.height, cfg.width), dtype=torch.uint8)
+    pixels = pixels.pin_memory() if ranks.device.type == "cuda" else pixels
 
     def forward_backward():
         images = ours.normalize(pixels.to(ranks.device, non_blocking=True))

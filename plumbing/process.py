@@ -70,8 +70,10 @@ def end_with_main(worker):
 
     Holds under fork, forkserver and spawn: the main process keeps the end of a pipe open. torch
     itself looks at the parent's id, which under forkserver is the fork server's, and would wait for
-    ever. Ctrl-C is the main process's to answer.
+    ever. Ctrl-C is the main process's to answer, and so is a SIGTERM to all of its group, which is
+    what torchrun sends: a loader that ends at once would keep its rank from saving.
     """
+    os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     main = multiprocessing.parent_process()
     threading.Thread(target=lambda: (main.join(), os._exit(1)), daemon=True).start()

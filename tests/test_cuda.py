@@ -38,6 +38,15 @@ STAGES = {
     "test={people}/attributes_test.csv batch=8",
     "finetune_t2i": f"{PAIRS} batch=8 project=16 max_tokens=6",
 }
+SET = "annotations={root}/set/annotations.json"
+LOCAL = "local_crops=2 local_height=32 local_width=16"
+NEIGHBOURS = {
+    "baselines.solider": f"{SET} batch=6 {LOCAL} out_dim=24 head_hidden=16 drop_path=0.1",
+    "baselines.liftedcl": f"{SET} batch=8 queue=20",
+    "baselines.synclr": f"{SET} batch=8 pictures_per_caption=2 {LOCAL} projector_width=64 "
+    "projector_out=32 head_width=64 prototypes=24",
+    "baselines.vicreg": f"{SET} batch=8 expander=32",
+}
 pytestmark = [  # of a loader that cannot pin without a GPU; of a copy of a tensor without content
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true"),
     pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor"),
@@ -102,7 +111,7 @@ def run(root, tmp_path, monkeypatch):
     def main(stage, more="", world=1, out="run"):
         module = module_of(stage)
         places = dict(root=root, people=root / "people")
-        keys = f"{ALL} out={tmp_path}/{out} {STAGES[stage]} {more}".format(**places)
+        keys = f"{ALL} out={tmp_path}/{out} {(STAGES | NEIGHBOURS)[stage]} {more}".format(**places)
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", [f"{stage}.py", *keys.split()])
             if "device=" not in more:
@@ -138,7 +147,7 @@ def two_ranks(monkeypatch):
 # ----------------------------------------------------------------------------------- pretended CUDA
 
 
-@pytest.mark.parametrize(("stage", "more"), SETTINGS)
+@pytest.mark.parametrize(("stage", "more"), [*SETTINGS, *((name, "") for name in NEIGHBOURS)])
 def test_no_step_waits_for_the_device(stage, more, run):
     with PretendCuda(steps=2) as cuda, pytest.raises(EndOfSteps):
         run(stage, more)

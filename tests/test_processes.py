@@ -196,6 +196,18 @@ def test_a_signal_saves_and_says_at_which_step(sets, plain, tmp_path, number, co
     ).read_bytes()
 
 
+def test_sigterm_to_torchrun_saves_too(sets, tmp_path):
+    """It goes to each rank's whole process group; loaders in it must not end before their rank."""
+    command = arguments(sets, tmp_path / "run", "epochs=100", "save_every=1000", "workers=1")
+    process = started(command, ranks=2)
+    wait_for_lines(tmp_path / "run", 2, process)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    step = torch.load(tmp_path / "run/last.pt", weights_only=True)["step"]
+    assert 2 <= step < 200 and f"stopped after step {step} of 200, which is saved" in said
+    assert alive(tmp_path) == []
+
+
 @pytest.mark.parametrize("moment", ["libyaml|numpy", "libtorch_cpu", "later"])
 def test_ctrl_c_at_any_moment_is_no_traceback(sets, tmp_path, moment):
     """While libraries load (one of them is in its memory), and while it works."""
