@@ -56,9 +56,7 @@ def test_run_folder_log_and_pictures(plain):
     assert {"cls_token", "pose_token", "pos_embed", "norm.weight"} <= set(weights)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "batch"), [(2, 12), (3, 18), (4, 12)]
-)  # 12 does not split over 3 ranks
+@pytest.mark.parametrize(("ranks", "batch"), [(2, 12), (3, 18)])  # 12 does not split over 3 ranks
 def test_ranks_change_nothing(sets, plain, tmp_path, ranks, batch):
     """The logged gradient norm is compared too: AdamW itself would hide a wrong scale."""
     keys, alone, together = (
@@ -79,7 +77,7 @@ def test_ranks_change_nothing(sets, plain, tmp_path, ranks, batch):
     assert all(torch.allclose(one[name], many[name], atol=2e-3) for name in one)
 
 
-@pytest.mark.parametrize(("lines", "workers"), [(1, 0), (3, 2), (7, 0)])
+@pytest.mark.parametrize(("lines", "workers"), [(1, 0), (3, 2)])
 def test_kill_and_resume_is_bitwise(sets, plain, tmp_path, lines, workers):
     out = tmp_path / "run"
     command = arguments(sets, out, "epochs=3", "save_every=2", f"workers={workers}")
