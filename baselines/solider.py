@@ -253,7 +253,8 @@ class Solider(nn.Module):
         """
         cfg, student, teacher, B = self.cfg, self.student, self.teacher, images.shape[1]
         both, S = images.flatten(0, 1), student.encoder.n_special
-        weight = torch.tensor(semantic).repeat(2)  # (2B,) on the host: no row waits for the device
+        # λ of both crops (2B,), on the host: to ask which rows are 1 would wait for the device.
+        weight = torch.tensor(semantic, dtype=images.dtype).repeat(2)
         choices = weight, *(w.nonzero()[:, 0] for w in (weight == 1, weight == 0))
         if both.is_cuda:
             choices = (choice.pin_memory() for choice in choices)
