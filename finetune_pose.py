@@ -65,8 +65,8 @@ KEYS = dict(
               low=0, high=1),
     batch=Key(512, "people in a global batch", "[ViTPose]", low=1),
     # model
-    tokens=Key("drop", "special tokens: dropped; [POSE] or both added to patches", "[silent]",
-               pose.POSE_TOKENS),
+    tokens=Key("drop", "special tokens: dropped behind the encoder; none enters it; [POSE] or "
+               "both added to patches", "[silent]; none [ViTPose]", pose.POSE_TOKENS),
     head=Key("classic", "classic: two deconvolutions; simple: bilinear × 4", "[ViTPose]",
              ("classic", "simple")),
     sigma=Key(2.0, "σ of a joint's Gaussian in heat-map px", "[ViTPose]", low=0.5),
@@ -196,7 +196,7 @@ def limits_of(cfg):
 
 def build_model(cfg, n_joints):
     """→ (PoseModel with the encoder's or a finished run's weights, a sentence about it)."""
-    encoder, about = build_encoder(cfg, cfg.tokens != "drop", cfg.drop_path)
+    encoder, about = build_encoder(cfg, cfg.tokens in pose.READ_POSE, cfg.drop_path)
     head = {"classic": pose.ClassicHead, "simple": pose.SimpleHead}[cfg.head]
     model = pose.PoseModel(encoder, head(encoder.width, n_joints), cfg.tokens)
     if cfg.weights:

@@ -169,28 +169,35 @@ class PosePictures(Dataset):
 
 # ------------------------------------------------------------------------------------------ network
 
-POSE_TOKENS = ("drop", "add", "add_cls_pose")
+READ_POSE = ("add", "add_cls_pose")
+POSE_TOKENS = ("drop", "none", *READ_POSE)
 
 
 class PoseModel(nn.Module):
     """ViT → patch tokens → head → heat maps.
 
-    Special tokens: drop; add [POSE] to every patch; add_cls_pose: add both.
+    Special tokens: none: the encoder sees patches alone [ViTPose, HAP]; drop: patches attend to
+    them, the head does not see them; add [POSE] to every patch; add_cls_pose: add both.
     """
 
     def __init__(self, encoder, head, tokens):
         super().__init__()
         self.encoder, self.head, self.tokens = encoder, head, tokens
-        if tokens != "drop" and encoder.n_special < 2:
+        if tokens in READ_POSE and encoder.n_special < 2:
             needs = f"tokens={tokens} needs an encoder with [POSE]"
             raise UserError(f"{needs}; this one has none: use tokens=drop")
+        if tokens == "none":
+            encoder.n_special = 0
+            for name, token in encoder.named_parameters():
+                if name in ("cls_token", "pose_token"):
+                    token.requires_grad_(False)  # DDP would wait for its gradient
 
     def forward(self, images, drop_noise=None):
         """images (B, 3, H, W) normalised, drop_noise (2·depth, B) → heat maps (B, K, h, w)."""
         x = self.encoder(images, drop_noise=drop_noise)  # (B, S + patches, D)
         special, patches = x.tensor_split([self.encoder.n_special], 1)
-        # paper silent: how [POSE] takes part downstream. deviates from [ViTPose] and [HAP]: no
-        # special token enters their encoder; here patches attend to them, even if they are dropped.
+        # paper silent: how [POSE] takes part downstream. deviates from [ViTPose] and [HAP], unless
+        # tokens=none: no special token enters their encoder; here patches attend to them.
         if self.tokens == "add":
             patches = patches + special[:, 1:]
         elif self.tokens == "add_cls_pose":

@@ -17,6 +17,7 @@ from common import Ranks, layer_of, parameter_groups, save_weights
 from formats import keypoints as readers
 from formats.coco import read_people
 from formats.joints import COCO_JOINTS
+from formats.transformers_names import to_transformers
 from formats.weights import meta_of
 from plumbing.config import read_config
 from plumbing.errors import UserError
@@ -60,6 +61,62 @@ def test_tokens_decide_what_the_head_sees(tokens):
     net(None)
     extra = {"drop": 0, "add": x[:, 1:2], "add_cls_pose": x[:, :1] + x[:, 1:2]}[tokens]
     assert torch.allclose(seen[0], x[:, 2:] + extra)
+
+
+@pytest.mark.parametrize("head", ["classic", "simple"])
+def test_without_special_tokens_it_computes_what_transformers_vitpose_does(head):
+    import transformers
+
+    torch.manual_seed(0)
+    vit = model.ViT(32, 2, 2, (64, 48), 16, trainable_positions=True)
+    own = {"classic": pose.ClassicHead, "simple": pose.SimpleHead}[head](32, 17)
+    net = pose.PoseModel(vit, own, "none").eval()
+    for parameter in net.parameters():  # no norm or bias that a mistake would leave unseen
+        torch.nn.init.normal_(parameter, std=0.2)
+    backbone = transformers.VitPoseBackboneConfig(
+        image_size=(64, 48), patch_size=(16, 16), hidden_size=32, num_hidden_layers=2,
+        num_attention_heads=2, out_indices=[2], layer_norm_eps=1e-6,
+    )  # fmt: skip
+    simple = head == "simple"
+    config = transformers.VitPoseConfig(
+        backbone_config=backbone, num_labels=17, use_simple_decoder=simple
+    )
+    theirs = transformers.VitPoseForPoseEstimation(config).eval()
+    theirs.backbone.embeddings.patch_embeddings.projection.padding = (0, 0)  # docs/choices.md
+    renamed = [("intermediate.dense", "mlp.fc1"), (".output.dense", ".mlp.fc2")]
+    renamed += [("attention.mlp.fc2", "attention.output.dense")]
+    state = {}
+    for name, value in to_transformers(vit).items():
+        for ours, other in renamed:
+            name = name.replace(ours, other)
+        state[f"backbone.{name}"] = value
+    positions = "backbone.embeddings.position_embeddings"
+    state[positions] = torch.cat([torch.zeros(1, 1, 32), state[positions]], 1)  # of their [CLS]
+    for name in ("cls_token", "distillation_token"):
+        del state[f"backbone.embeddings.{name}"]
+    layers = ["deconv1", "batchnorm1", "", "deconv2", "batchnorm2"]
+    for name, value in own.state_dict().items():
+        name = name.replace("final_layer", "conv")
+        if name.startswith("deconv_layers"):
+            _, i, kind = name.split(".")
+            name = f"{layers[int(i)]}.{kind}"
+        state[f"head.{name}"] = value
+    missing, unknown = theirs.load_state_dict(state, strict=False)
+    assert not unknown and all("num_batches_tracked" in name for name in missing)
+    images = torch.randn(2, 3, 64, 48)
+    with torch.no_grad():
+        maps, theirs = net(images), theirs(images).heatmaps
+    assert maps.std() > 0.05 and torch.allclose(maps, theirs, atol=1e-4 * maps.abs().max())
+
+
+def test_tokens_that_do_not_enter_learn_nothing_and_all_else_does():
+    torch.manual_seed(0)
+    net = pose.PoseModel(model.ViT(32, 2, 2, (64, 48), 8), pose.SimpleHead(32, 3), "none")
+    net(torch.randn(2, 3, 64, 48)).square().mean().backward()
+    for name, parameter in net.named_parameters():
+        frozen = name.endswith(("cls_token", "pose_token", "pos_embed"))  # positions: as built here
+        assert parameter.requires_grad != frozen, name
+        assert frozen == (parameter.grad is None), name  # DDP waits for every gradient
 
 
 # ---------------------------------------------------------------------------------------- real runs
@@ -211,11 +268,12 @@ def test_unsure_joints_of_predictions_are_missing(dots, tmp_path):
     assert ((again.keypoints[:, :, 2] > 0) == sure).all()
 
 
-@pytest.mark.parametrize("world", [3])  # 12 people to train on, 7 to evaluate: 3, 2, 2
-def test_ranks_equal_one_process_and_see_each_person_once(dots, tmp_path, world, monkeypatch):
+# 12 people to train on, 7 to evaluate: 3, 2, 2
+@pytest.mark.parametrize("world, tokens", [(3, "drop"), (2, "none")])
+def test_ranks_equal_one_process(dots, tmp_path, world, tokens, monkeypatch):
     """The same steps, and each person evaluated once."""
     monkeypatch.setattr(finetune_pose, "build_optimizer", sgd)
-    keys = [*sets(*dots), *QUICK, "head=classic", "epochs=2", "lr=1"]
+    keys = [*sets(*dots), *QUICK, "head=classic", "epochs=2", "lr=1", f"tokens={tokens}"]
     run(*keys, f"out={tmp_path}/one")
     run(*keys, "lr=0", f"out={tmp_path}/start")
     start = load_file(tmp_path / "start/model.safetensors")
