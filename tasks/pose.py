@@ -188,9 +188,9 @@ class PoseModel(nn.Module):
             raise UserError(f"{needs}; this one has none: use tokens=drop")
         if tokens == "none":
             encoder.n_special = 0
-            for name, token in encoder.named_parameters():
-                if name in ("cls_token", "pose_token"):
-                    token.requires_grad_(False)  # DDP would wait for its gradient
+            encoder.cls_token.requires_grad_(False)  # DDP would wait for its gradient
+            if encoder.pose_token is not None:
+                encoder.pose_token.requires_grad_(False)
 
     def forward(self, images, drop_noise=None):
         """images (B, 3, H, W) normalised, drop_noise (2·depth, B) → heat maps (B, K, h, w)."""

@@ -240,11 +240,11 @@ def test_command_lines():
 
 
 def test_a_tilde_is_the_home_folder_in_a_yaml_too(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "x.yaml").write_text("out: ~/run\nannotations: [~/a.json, b~/c.json]\n")
     cfg = read_config(pretrain.KEYS, "", ["--cfg", str(tmp_path / "x.yaml"), "resume_from=~/old"])
-    assert (cfg.out, cfg.resume_from) == ("/home/me/run", "/home/me/old")
-    assert cfg.annotations == ["/home/me/a.json", "b~/c.json"]
+    assert (cfg.out, cfg.resume_from) == (f"{tmp_path}/run", f"{tmp_path}/old")
+    assert cfg.annotations == [f"{tmp_path}/a.json", "b~/c.json"]
 
 
 def test_pictures(tmp_path, attack):
