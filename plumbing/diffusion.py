@@ -47,7 +47,11 @@ def load_painter(cfg, device):
     else:
         net = whole_model(cfg.adapter, "adapter", diffusers.ControlNetModel)
         load = partial(diffusers.StableDiffusionControlNetPipeline.from_pretrained, controlnet=net)
-    pipe = from_folder_or_hub(cfg.model, "model", load)
+    # Part by part: a pipeline does not say which tensors it lacked.
+    kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
+    kinds["text_encoder"] = transformers.CLIPTextModel
+    parts = {p: whole_model(cfg.model, "model", kinds[p], subfolder=p) for p in kinds}
+    pipe = from_folder_or_hub(cfg.model, "model", partial(load, **parts))
     pipe.scheduler = sampler(cfg.scheduler, pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     # Pictures are decoded one by one: at once, each further one of 512² takes .7 GB in float32.
@@ -56,10 +60,10 @@ def load_painter(cfg, device):
     return pipe.to(device, precision(cfg, device))
 
 
-def whole_model(name, key, kind):
+def whole_model(name, key, kind, **where):
     """A model of class `kind`; UserError where its file lacks tensors, which both libraries would
-    fill at random."""
-    load = partial(kind.from_pretrained, output_loading_info=True)
+    fill at random. where: subfolder=, of a model in parts."""
+    load = partial(kind.from_pretrained, output_loading_info=True, **where)
     model, found = from_folder_or_hub(name, key, load)
     if missing := lacking(found):
         what = f"lacks {missing} of a {kind.__name__}"

@@ -142,3 +142,17 @@ def test_an_adapter_that_lacks_tensors_is_refused(tiny, tmp_path, monkeypatch, d
     with pytest.raises(UserError, match="adapter=.* lacks .* of a T2IAdapter"):
         run(monkeypatch, arguments(tiny, out=tmp_path / "a", adapter=folder))
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_part_of_stable_diffusion_that_lacks_tensors_is_refused(
+    tiny, tmp_path, monkeypatch, part
+):
+    folder = shutil.copytree(tiny / "sd", tmp_path / "sd")
+    file = next((folder / part).glob("*.safetensors"))
+    weights = load_file(file)
+    del weights[sorted(weights)[-1]]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="model=.*sd lacks .*: a file of another kind, or cut off"):
+        run(monkeypatch, arguments(tiny, out=tmp_path / "a", model=folder))
+    assert not (tmp_path / "a").exists()
