@@ -199,7 +199,7 @@ def layer_of(name, depth):
     block = re.search(r"\bblocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
-    return 0 if re.search(r"\b(patch_embed|cls_token|pose_token|pos_embed)\b", name) else depth + 1
+    return 0 if re.search(r"\b(patch_embed|\w+_token|pos_embed)\b", name) else depth + 1
 
 
 def set_learning_rate(optimizer, lr):

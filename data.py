@@ -84,8 +84,8 @@ class PretrainPictures(Dataset):
         if self.options.region == "grow":
             region = grown_region(region, shape, people.size[row])
         # What the pictures of a pose share comes from the pose's stream, the rest from their own.
-        of_pose, of_picture = (0, pose_id), (1, index)  # 0 and 1 keep the two kinds apart
-        shared = self.options.shared if pose_id >= 0 else "nothing"
+        of_picture, shared = (1, index), self.options.shared
+        of_pose = (0, pose_id) if pose_id >= 0 else of_picture  # 0 and 1 keep the kinds apart
         seed_all(FLIP, self.seed, epoch, *(of_picture if shared == "nothing" else of_pose))
         mirrored = torch.rand(()) < 0.5
         seed_all(CROP, self.seed, epoch, *(of_pose if shared == "crop" else of_picture))
@@ -238,7 +238,7 @@ def random_mask(noise, mask_ratio):
 def part_patches(keypoints, grid, patch_size):
     """(B, 17, 3) → bool (B, 6, N): a part's patches are the rectangles that its links span."""
     (h, w), (x, y, v) = grid, keypoints.unbind(2)
-    column = (x / patch_size).floor().long().clamp(0, w - 1)  # (B, 17)
+    column = (x / patch_size).floor().long().clamp(0, w - 1)  # (B, 17); no half pixel, as in HAP
     row = (y / patch_size).floor().long().clamp(0, h - 1)
     joints = torch.stack([column, row, (v > 0).long()], 2).unbind(1)  # 17 × (B, 3)
     # One by one: an index of joint ids would be copied to the GPU, and the host would wait.
@@ -318,8 +318,8 @@ class PoseBatches(StepSampler):
     short: pictures left out because their pose has fewer than K. posed: whether an epoch draws any
     picture with a pose group (with gamma_mp, it must).
 
-    Raises UserError where no pose of a file has K pictures, for a share that fills no slot or would
-    put a picture twice into a batch, and when an epoch holds no full batch.
+    Raises UserError where no pose of a file has K pictures, for a share of a file without a slot or
+    one that would put a picture twice into a batch, and when an epoch holds no full batch.
     """
 
     def __init__(self, dataset, batch, pictures_per_pose, shares, seed, ranks):
@@ -343,8 +343,9 @@ class PoseBatches(StepSampler):
                 raise UserError(f"shares={shares} must be one number ≥ 0 per {files}")
             ends = np.round(np.cumsum(shares) / np.sum(shares) * total).astype(int)
             counts = np.diff(ends, prepend=0)
-        # Spread evenly, a file has at most this many slots in a batch; 1 for its offset.
-        in_a_batch = np.ceil(counts * self.slots / max(total, 1)) + 1
+        # c slots of a file span (c − 1)/n of an epoch; there each other file g has more than
+        # n_g (c − 1)/n − 1 slots, and a batch has room for them all.
+        in_a_batch = np.floor(counts * (self.slots + len(counts) - 2) / max(total, 1)) + 1
         at_most = np.minimum(in_a_batch, self.slots)
         for f in np.flatnonzero(np.minimum(counts, at_most) > offered):
             folder, n = dataset.people[f].folder, len(dataset.people[f].files)

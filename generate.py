@@ -36,7 +36,7 @@ from PIL import Image
 import puppet
 from common import UserError
 from drawing import skeletons
-from formats.coco import MIN_SCORE, Limits, read_people, write_people
+from formats.coco import MIN_SCORE, Limits, other_joints, read_people, write_people
 from formats.prompts import check_prompts, people_of_prompts, read_prompts
 from plumbing import diffusion
 from plumbing.chunks import (
@@ -179,6 +179,7 @@ def read_poses(cfg):
     people = puppet.coco17(given)
     known = len(set(given.joints) & set(people.joints))
     about = f"{len(people.files)} people, {known} of COCO's 17 joints recognised"
+    about += other_joints(given.joints)
     if notes["scores"]:
         about += f", visible from a score of {cfg.min_score:g}"
     scale = 1.0  # a crop has the sides of its box in the painted picture

@@ -283,15 +283,16 @@ def multi_positive_loss(z, pose_id, tau=0.1):
 
 
 def multi_positive_entropy(logits, positive, column):
-    """L_mp of given logits (B, M), with positive, column (B, M) bool as of pair_masks. → scalar,
-    this rank's share. Split off for methods whose columns are no anchors, such as SynCLR's."""
+    """L_mp of given logits (B, M), with positive, column (B, M) bool as of pair_masks; positive
+    may hold weights ≥ 0. → scalar, this rank's share. Split off for methods whose columns are no
+    anchors, such as SynCLR's."""
     # q_ij = exp(z_i·z_j/τ) / Σ_{k≠i} exp(z_i·z_k/τ)
     # A finite floor: −∞ would make a row without columns NaN.
     log_sum = logits.masked_fill(~column, torch.finfo(logits.dtype).min).logsumexp(1)
     # p_ij = 1[pose_i = pose_j, j ≠ i] / #positives of i
     # Σ_j p_ij log q_ij = Σ_j p_ij z_i·z_j/τ − log Σ_{k≠i} exp(z_i·z_k/τ)
     n_positive = positive.sum(1)
-    pulled = (logits * positive).sum(1) / n_positive.clamp(min=1)
+    pulled = (logits * positive).sum(1) / torch.where(n_positive > 0, n_positive, 1)
     # An embedding that has no partner in the batch can pull nobody.
     anchor = n_positive > 0
     count = sum_over_ranks(anchor.sum().to(logits.dtype)).clamp(min=1)

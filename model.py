@@ -375,7 +375,7 @@ class GenPoCCL(nn.Module):
         """
         special, v = out["special"], len(out["special"])
         out["cls"] = special[:, :, 0]
-        out["pose"] = special[:, :, 1] if special.shape[2] == 2 else None
+        out["pose"] = special[:, :, 1] if special.shape[2] > 1 else None
 
         # Eq.  L_align = 2τ [CE(cls of view 1 → view 2) + CE(view 2 → view 1)]
         if self.gamma_align > 0:

@@ -14,7 +14,7 @@ Outputs  in `out`: encoder.safetensors, last.pt (everything to resume), log.json
   python pretrain.py predict=my_pictures weights=encoder.safetensors        # features of a folder
 
 MAE, HAP and StableRep are settings of this script: configs/pretrain_{mae,hap,stablerep}.yaml.
-Legend: B pictures on this rank · N patches · P pictures of a pose in a batch · h, w grid.
+Legend: B pictures on this rank · N patches · K pictures of a pose in a batch · h, w grid.
 """
 
 import common  # first: Ctrl-C while the libraries load
@@ -36,7 +36,7 @@ from data import (
     recognised,
 )
 from drawing import training as sheets
-from formats.coco import MIN_SCORE, Limits, check_sources, read_people
+from formats.coco import MIN_SCORE, Limits, check_sources, other_joints, read_people
 from formats.weights import load_into, meta_of, training_of
 from model import SIZES, Decoder, GenPoCCL, Projector, ViT, normalize
 from plumbing.config import MACHINE, Key, read_config
@@ -225,6 +225,7 @@ def build_data(cfg, ranks):
         check_joints(cfg, path, file_people)
         people.append(file_people)
         named.append(f"{recognised(file_people.joints)[0]} of 17 joints recognised")
+        named[-1] += other_joints(file_people.joints)
         if notes["scores"]:
             named[-1] += ", given as scores"
         counted["bad pictures left out"] += len(notes["bad"])
@@ -360,6 +361,9 @@ def check(cfg):
         raise UserError("gamma_align > 0 needs views=2: L_align compares two views of a picture")
     if cfg.mp_token == "pose" and not cfg.pose_token and cfg.gamma_mp:
         raise UserError("mp_token=pose needs pose_token=true")
+    if cfg.gamma_mp and cfg.batch <= cfg.pictures_per_pose:
+        one = f"batch={cfg.batch} holds one pose of pictures_per_pose={cfg.pictures_per_pose}"
+        raise UserError(f"{one}: L_mp has no negatives; raise batch= or set gamma_mp=0")
     positives = cfg.pictures_per_pose * (cfg.views if cfg.views_are_positives else 1)
     if cfg.gamma_mp and positives < 2:
         raise UserError(

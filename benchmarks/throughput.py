@@ -47,7 +47,7 @@ KEYS = pretrain.KEYS | dict(
     size=Key("small", "encoder size", choices=tuple(ours.SIZES)),
     precision=Key("fp32", "as pretrain.py's", choices=("auto", "fp32", "bf16")),
     batch=Key(32, "pictures in a global batch", low=1),
-    pictures_per_pose=Key(4, "P: pictures of one pose in a batch", low=1),
+    pictures_per_pose=Key(4, "K: pictures of one pose in a batch", low=1),
     rounds=Key(5, "turns of each candidate", low=1),
     seconds=Key(1.0, "a candidate's turn repeats its work for about so long", low=0),
     precisions=Key(["fp32", "bf16"], "versus: precisions to compare"),

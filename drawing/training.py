@@ -41,7 +41,7 @@ def draw_pretraining(model, samples, few, mask, out):
         drawn.append("reconstructions.png")
         reconstruction_sheet(inputs[few], masked, pred, encoder.patch_size, out / drawn[-1])
     special = torch.cat([encoder(part)[:, :S] for part in inputs.split(64)]).cpu()
-    token = model.token if model.gamma_mp else S - 1  # that of L_mp, else the last
+    token = model.token if model.gamma_mp else min(1, S - 1)  # that of L_mp, else [POSE]
     name = ("[CLS]", "[POSE]")[token]
     neighbour_sheet(images, special[:, token], pose_id, out / "neighbours.png", name)
     attention_sheet(images[few], attention_maps(encoder, inputs[few]).cpu(), out / "attention.png")
@@ -142,7 +142,8 @@ def attention_sheet(images, maps, path):
     glow = glow.clamp(min=0)
     glow = (glow / glow.amax((2, 3), keepdim=True).clamp(min=1e-9)).numpy()
     rows = [[images[i]] + [heated(images[i], glow[i, s]) for s in range(S)] for i in range(B)]
-    labels = ["picture", "[CLS]", "[POSE]"][: S + 1] * 2
+    more = [f"token {s}" for s in range(2, S)]
+    labels = ["picture", *["[CLS]", "[POSE]"][:S], *more] * 2
     sheet(two_a_row(rows), path, None, labels, "Attention of the last block", (96, 192))
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from formats.joints import COCO_CATEGORY, flip_ids, joint_name
-from formats.people import MIN_SCORE as MIN_SCORE  # readers of COCO files take it from here
+from formats.joints import other_joints as other_joints  # readers of COCO files take it from here
+from formats.people import MIN_SCORE as MIN_SCORE  # and this
 from formats.people import Limits, People, leave_out, read_folder
 from plumbing.errors import UserError, and_more, reading
 from plumbing.files import read_json, regular, write_atomic
@@ -158,7 +159,11 @@ def flat_columns(path, place):
 
 def whole(number):
     """JSON's 3, 3.0 and "3" → 3."""
-    if int(number) != float(number):
+    try:
+        is_whole = int(number) == float(number)
+    except (TypeError, ValueError, OverflowError):
+        is_whole = False
+    if not is_whole:
         raise ValueError(f"{number!r:.40} is no whole number")
     return int(number)
 
@@ -200,6 +205,8 @@ def rows_of_category(rows, category_id, k):
             raise ValueError(f"annotation {rows['id'][a]} {problem(a)}")
 
     count = rows["count"]
+    if count.any() and not k:
+        raise ValueError("its annotations have keypoints, but its category names none")
     if not count.any():  # boxes alone
         points = np.zeros(3 * k * len(count), np.float32)
         count = np.full(len(count), 3 * k)

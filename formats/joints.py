@@ -4,6 +4,8 @@ import re
 
 import numpy as np
 
+from plumbing.errors import and_more
+
 COCO_JOINTS = (
     "nose left_eye right_eye left_ear right_ear left_shoulder right_shoulder left_elbow "
     "right_elbow left_wrist right_wrist left_hip right_hip left_knee right_knee left_ankle "
@@ -28,6 +30,12 @@ def joint_name(name):
         return name
     side, joint = found[1] or found[4], found[2] or found[3]
     return {"l": "left", "r": "right"}[side[0]] + "_" + joint
+
+
+def other_joints(joints):
+    """For a message: " (not COCO's: neck, head_top)", or nothing where all names are COCO's."""
+    others = [name for name in joints if name not in COCO_JOINTS]
+    return f" (not COCO's: {', '.join(others[:3])}{and_more(others, 3)})" if others else ""
 
 
 def flip_ids(joints):

@@ -99,7 +99,7 @@ def read_data(
         train = train.take(real)
         about += f", {len(train.ids)} training pictures of {len(np.unique(train.ids))} people"
         if not real.all():
-            about += f" ({(~real).sum()} distractors and junk left out)"
+            about += f" ({(~real).sum()} left out: person 0, a distractor, or -1, junk)"
     return train, query, gallery, about
 
 

@@ -119,7 +119,7 @@ def checked_weights(vit, state, path, grid):
             need = tuple(own[name].shape)
             raise UserError(f"{path}: {name} has shape {tuple(value.shape)}, this model {need}")
     missing = [name for name in own if name not in found]
-    lost = [name for name in missing if name != "pose_token" and ".controller." not in name]
+    lost = [name for name in missing if not name.endswith("_token") and ".controller." not in name]
     if lost:
         what = f"{lost[0]} is missing{and_more(lost)}"
         raise UserError(f"{path}: {what}; the file is not a whole encoder")

@@ -56,9 +56,11 @@ def reading(path, kind):
 
 
 def in_a_line(error, longest=200):
-    """FileNotFoundError(…) → "No such file or directory"; KeyError("bbox") → "KeyError 'bbox'"."""
+    """FileNotFoundError(…) → "No such file or directory"; KeyError("x") → "'x' is missing"."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, KeyError):
+        return f"{error} is missing"[:longest]
     # Only its first line: torch goes on with advice on how to load a stranger's file anyway.
     text = " ".join(str(error).strip().partition("\n")[0].split())
     text = text if len(text) <= longest else text[: longest - 1] + "…"

@@ -122,9 +122,13 @@ def record_start(out, ranks):
     with spared(out):
         if (Path(out) / "run.json").exists():
             entries = read_json(Path(out) / "run.json")
-            if not isinstance(entries, list):
-                raise ValueError("it holds no list")
+            if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
+                raise ValueError("it holds no list of starts")
         entry = {"command": shlex.join(sys.argv), "started": this_moment(), "commit": commit()}
+        before = entries[-1].get("commit") if entries else entry["commit"]
+        if before != entry["commit"]:
+            change = f"its code was {before} and is {entry['commit']}"
+            print(f"{out} goes on with other code: {change}", file=sys.stderr)
         entry |= {"python": platform.python_version(), "torch": str(torch.__version__)}
         for name in LIBRARIES:
             with contextlib.suppress(metadata.PackageNotFoundError):

@@ -87,7 +87,7 @@ def tokens_of(encoder, images, device, batch=64):
 
 def features_of(tokens, n_special, choices=("cls", "pose", "both", "patch_mean")):
     """→ {choice: (N, D) of length 1}; without [POSE] those that need it are left out."""
-    choices = [c for c in choices if n_special == 2 or c not in ("pose", "both")]
+    choices = [c for c in choices if n_special > 1 or c not in ("pose", "both")]
     every = {c: token_features(tokens, n_special, c) for c in choices}
     return {c: F.normalize(feature, dim=1).numpy() for c, feature in every.items()}
 

@@ -247,7 +247,7 @@ def test_the_real_part_of_market_comes_out_as_it_is_given(data_root, tmp_path, m
 
 BAD_MARKET = {
     "nothing": (["mat="], "mat= and data= are both needed"),
-    "another file": (["mat={tmp}/other.mat"], "KeyError 'market_attribute'"),
+    "another file": (["mat={tmp}/other.mat"], "'market_attribute' is missing"),
     "text": (["mat={root}/Market-1501-v15.09.15/readme.txt"], "as a .mat file"),
     "a person is missing": (["mat={tmp}/short.mat"], "has no person 7 in train, as in .*/0007_c3"),
     "values": (["mat={tmp}/values.mat"], "values are 1 or 2, of age 1 to 4.* in test"),

@@ -68,7 +68,7 @@ def test_bad_annotation_is_one_clear_line(tmp_path, people):
     csvs = {"train": people["train"], "test": people["test"]}
     for more, message in (
         ({"dataset": "pa100k", "annotation": path}, r"labels of shape \(3, 2\) for 2 train pict"),
-        ({"dataset": "peta", "annotation": path}, "as PETA's annotation: KeyError 'peta'"),
+        ({"dataset": "peta", "annotation": path}, "as PETA's annotation: 'peta' is missing"),
         ({"dataset": "pa100k", "annotation": tmp_path / "none.mat"}, "cannot read"),
         ({"dataset": "pa100k", "annotation": people["train"]}, "cannot read .* as a .mat file"),
         (csvs | {"images": str(tmp_path)}, "is missing .*set images="),

@@ -73,7 +73,7 @@ def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
             [f"annotations={tmp_path / 'beside.json'}", "parts=true"],
             "nobody of 2 people can be drawn (too few joints",
         ),
-        ([f"annotations={tiny / 'captions.json'}"], "as COCO people: KeyError 'bbox'"),
+        ([f"annotations={tiny / 'captions.json'}"], "as COCO people: 'bbox' is missing"),
         (
             [f"annotations={tiny / 'poses.json'}", "min_joints=17", "min_side=9999"],
             "no person is left",

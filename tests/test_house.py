@@ -121,8 +121,8 @@ def test_the_root_is_small():
 @pytest.mark.parametrize("path", [*FILES, *ASIDE], ids=lambda path: str(path.relative_to(ROOT)))
 def test_files_are_read_in_one_sitting(path):
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert len(lines) <= 400
-    assert max(map(len, lines), default=0) <= 100
+    assert len(lines) <= 400, "a file of more than 400 lines is not read in one sitting"
+    assert max(map(len, lines), default=0) <= 100, "more than 100 columns"
 
 
 def test_signatures_are_short():

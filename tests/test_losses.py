@@ -83,6 +83,16 @@ def test_multi_positive_leaves_out_pictures_without_pose():
     assert abs(losses.multi_positive_loss(z[ids != 5], ids[ids != 5], 0.1) - value) > 1e-3
 
 
+def test_positives_may_have_weights():
+    """Of any scale: torch's cross-entropy with the weights as probabilities."""
+    torch.manual_seed(0)
+    logits, weights = torch.randn(4, 6), torch.rand(4, 6) * torch.tensor([[0.1], [1], [3], [0]])
+    column = torch.ones(4, 6, dtype=torch.bool)
+    ours = losses.multi_positive_entropy(logits, weights, column)
+    shares = weights[:3] / weights[:3].sum(1, keepdim=True)  # the fourth row pulls nobody
+    torch.testing.assert_close(ours, F.cross_entropy(logits[:3], shares))
+
+
 def test_multi_positive_hand_worked():
     """Two poses of two equal embeddings, the poses orthogonal: −log(e^(1/τ) / (e^(1/τ) + 2))."""
     z = torch.tensor([[1.0, 0], [3, 0], [0, 1], [0, 2]])

@@ -99,6 +99,20 @@ def test_a_file_that_goes_round_again_never_puts_a_picture_twice_into_a_batch(tm
         PoseBatches(dataset, 40, 2, [1, 4, 1], 0, ALONE)
 
 
+def test_a_small_file_between_large_ones_never_puts_a_picture_twice_into_a_batch(tmp_path):
+    """Four files of uneven numbers can leave more room for one of them than a batch of its own."""
+    people, _ = read_people(write_set(tmp_path, n_poses=8, per_pose=1, pose_ids=False))
+    sizes = (8, 2000, 2000, 2000)
+    files = [people.take(np.arange(size) % 8) for size in sizes]
+    dataset = PretrainPictures(files, (64, 32), 0)
+    with pytest.raises(UserError, match="asks for 4506 slots .* would stand twice in a batch"):
+        PoseBatches(dataset, 9, 1, [9, 1, 1, 1], 0, ALONE)
+    batches = PoseBatches(dataset, 8, 1, [9, 1, 1, 1], 0, ALONE)
+    for epoch in range(30):
+        for batch in batches.epoch_batches(epoch):
+            assert len(np.unique(batch)) == batch.size
+
+
 @pytest.mark.parametrize("per_slot", [1, 4])
 def test_batches_know_whether_they_hold_poses(tmp_path, per_slot):
     dataset = two_sets(tmp_path)

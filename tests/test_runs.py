@@ -301,18 +301,29 @@ def test_the_commit_is_named_and_marked_where_files_differ(tmp_path, monkeypatch
     assert runs.commit() is None  # no git
 
 
-@pytest.mark.parametrize("kind", ["not a list", "not JSON", "a folder"])
+@pytest.mark.parametrize("kind", ["not a list", "no starts", "not JSON", "a folder"])
 def test_a_record_that_cannot_be_kept_costs_a_line(tmp_path, capfd, kind):
     file = tmp_path / "run.json"
     if kind == "a folder":
         (file / "inside").mkdir(parents=True)
     else:
-        file.write_text({"not a list": "{}", "not JSON": "["}[kind])
+        file.write_text({"not a list": "{}", "no starts": "[1]", "not JSON": "["}[kind])
     runs.record_start(tmp_path, common.Ranks(0, 1, torch.device("cpu")))
     runs.finish_run(tmp_path)
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith(f"{file} stays as it is: ")
-    assert (tmp_path / "done").exists() and (kind == "a folder" or len(file.read_text()) < 3)
+    assert (tmp_path / "done").exists() and (kind == "a folder" or len(file.read_text()) < 4)
+
+
+def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, monkeypatch, capfd):
+    alone, head = common.Ranks(0, 1, torch.device("cpu")), "a" * 40
+    for code in (head, head, f"{head}-dirty"):
+        monkeypatch.setattr(runs, "commit", lambda code=code: code)
+        runs.record_start(tmp_path, alone)
+        said = capfd.readouterr().err
+        assert said.count("\n") == code.endswith("-dirty")
+    what = f"goes on with other code: its code was {head} and is {head}-dirty\n"
+    assert said == f"{tmp_path} {what}"
 
 
 def test_every_stage_closes_its_record():

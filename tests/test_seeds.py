@@ -23,6 +23,11 @@ def test_seeds_of_different_keys_differ():
     assert seeds.seed_of(seeds.MASK, 3, 1) == seeds.seed_of(seeds.MASK, np.int64(3), 1)
 
 
+def test_each_purpose_has_a_number_of_its_own():
+    numbers = [value for name, value in vars(seeds).items() if name.isupper()]
+    assert len(numbers) == len(set(numbers)) > 15
+
+
 def test_seed_all_seeds_python_numpy_and_torch():
     def draw():
         return random.random(), np.random.random(), torch.rand(()).item()

@@ -156,7 +156,7 @@ def test_bad_captions_are_one_clear_line(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:40])
     path = tmp_path / "c.json"
     for change, message in (
-        ({"split": "training"}, "KeyError 'training' in entry 1$"),
+        ({"split": "training"}, "'training' is missing in entry 1$"),
         ({"split": ["train"]}, "cannot read .*c.json as captions .* in entry 1$"),
         ({"captions": ["a man", " "]}, "empty caption .* in entry 1$"),
         ({"captions": ["a man", 7]}, "in entry 1$"),
@@ -176,7 +176,7 @@ def test_bad_captions_are_one_clear_line(tmp_path):
         ("[", "cannot read .* as JSON"),
         ("7", "cannot read"),
         ('{"train": []}', "in entry 0$"),
-        ('[{"id": 1}]', "KeyError 'img_path' in entry 0$"),
+        ('[{"id": 1}]', "'img_path' is missing in entry 0$"),
     ):
         path.write_text(text)
         with pytest.raises(UserError, match=message):
