@@ -196,6 +196,8 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, depth=0):
 
 def layer_of(name, depth):
     """Layer of a parameter [ViTPose, MAE]: embeddings 0, block i is i + 1, the rest depth + 1."""
+    if not name.startswith("encoder."):
+        return depth + 1
     block = re.search(r"\bblocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
@@ -272,7 +274,8 @@ class StepLog:
     """
 
     def __init__(self, cfg, ranks, dataset, batches, first, total):
-        """dataset.name(index) names a sample; batches.size: of all ranks; steps first … total−1."""
+        """dataset.name(index) names a sample; its people or split, tuples of arrays and lists, are
+        what it was read from; batches.size: of all ranks; steps first … total−1."""
         self.ranks, self.dataset, self.batch, self.total = ranks, dataset, batches.size, total
         self.out = cfg.out
         self.every, self.save_every = cfg.log_every, cfg.save_every
@@ -341,7 +344,7 @@ class StepLog:
                 "checkpoint stays; lower the learning rate or look at them"
             )
         self.stopping = not every[:, -1].all()
-        if step % self.every == 0:
+        if step % self.every == 0 or step + 1 == self.total:
             row = dict(zip(names, every[:, :-1].mean(0).tolist()))
             (then, before), self.last = self.last, (when, step + 1)
             row["pictures_per_s"] = self.batch * (step + 1 - before) / max(when - then, 1e-9)

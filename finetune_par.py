@@ -19,7 +19,7 @@ Recipe: mean of the patch tokens → linear; weighted binary cross-entropy; Adam
 The test set is looked at once, at the end: the last epoch is reported, or the best one on
 validation (select=val). The reference code reports its best test epoch.
 deviates from [HAP]: the rate warms up from 0 (there from 1e-4) and changes at every step (there at
-every epoch).
+every epoch); its cosine begins after the warm-up (there at epoch 0).
 Legend: B pictures on this rank · N pictures of a split · A attributes · H, W input picture ·
 p probability.
 """

@@ -389,7 +389,9 @@ def check(cfg):
 def check_joints(cfg, joints, others):
     """Trained and evaluated joints must be the same, in the same order."""
     if joints != others:
-        a, b = (f"{len(names)} ({', '.join(names[:3])} …)" for names in (joints, others))
+        same = [a == b for a, b in zip(joints, others)]
+        j = [*same, False].index(False)  # the first that differs
+        a, b = (f"{len(n)} joints, number {j + 1} {(*n, 'none')[j]}" for n in (joints, others))
         source = cfg.weights or cfg.train_annotations
         raise UserError(f"joint sets differ: {source} has {a}, {cfg.val_annotations} {b}")
 

@@ -20,6 +20,7 @@ Kept: all terms, weights, networks, optimisers, memory and clustering. Deviation
   The guide is a body of capsules, not a mesh (which wants a body model under licence): from the
     known 3-D joints of the puppet's people, or lifted from 2-D joints, or your own renders.
   All seven turns are drawn; the release's range ends before 315°.
+  Dilated convolutions replicate their border; the layer norm's scale starts at 1.
   The k-reciprocal distances are [Zhong 2017]'s own, scaled by the farthest picture; the release
     takes SpCL's, which leaves the scale out and counts the picture among its k1.
   An epoch of stage 3 is as long as one of stage 2: clustered pictures are shown again.

@@ -78,7 +78,7 @@ class Identity(nn.Module):
 def conv(width, out, side, stride=1, dilation=1):
     """Convolution that keeps the sides, or halves them, with a mirrored border."""
     border = dilation * (side // 2)
-    # deviates from [GCL]: replicated where dilated, for a mirror wants a map wider than its border
+    # deviates from [GCL]: replicated where dilated, for a mirror fails on maps of up to 9 places
     mode = "replicate" if dilation > 1 else "reflect"
     return nn.Conv2d(width, out, side, stride, border, dilation, padding_mode=mode)
 

@@ -35,11 +35,12 @@ Deviates
   python baselines/liftedcl.py --cfg configs/liftedcl_demo.yaml
   torchrun --nproc_per_node=8 baselines/liftedcl.py --cfg configs/liftedcl.yaml
 
-Writes what pretrain.py writes, and liftedcl.png: people the training has not seen, what the lifter
-makes of them from two sides, and the truth. Prints how far bones are from a body's lengths, and the
-error on such people, turned and scaled onto the truth, beside three that know nothing of the
-picture: the same skeletons dealt to other pictures, any body of the sampler, the mean skeleton. No
-term ties a skeleton to its own picture (none reprojects it), neither here nor in the release.
+Writes encoder.safetensors, last.pt, log.jsonl, curves.png, and liftedcl.png: people the training
+has not seen, what the lifter makes of them from two sides, and the truth. Prints how far bones are
+from a body's lengths, and the error on such people, turned and scaled onto the truth, beside three
+that know nothing of the picture: the same skeletons dealt to other pictures, any body of the
+sampler, the mean skeleton. No term ties a skeleton to its own picture (none reprojects it), neither
+here nor in the release.
 
 Legend: B pictures on this rank · C width of an embedding · h, w grid of patches.
 """

@@ -152,6 +152,8 @@ def label_quality(labels, kept, truth, patch):
     """Labels (n, N), which pictures have them (n,), part maps (n, H, W) → dict: share that is kept;
     of these, intersection over union of labelled and true patches, and what it would be were labels
     dealt at random; normalised mutual information of label and part in the intersection."""
+    if not kept.any():
+        return dict(kept=0.0, iou=0.0, iou_chance=0.0, nmi=0.0)
     own = patch_parts(truth, patch)[kept]  # (n, P, N)
     labels, person, part = labels[kept], own.any(1), own.float().argmax(1)
     labelled = labels > 0

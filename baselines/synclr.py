@@ -9,8 +9,9 @@ L_iBOT  of half of the pictures the student sees half of the patches; from them 
 
 Inputs   pictures whose pose_id names their caption: generate.py with backend=text, or the puppet's
          with positives=prompt. With a set of poses it is SynCLR on GenPoCCL's positives.
-Outputs  in `out`: encoder.safetensors (the student's), last.pt, log.jsonl, config.yaml, curves.png,
-         neighbours.png (nearest pictures by [CLS]), prototypes.png (which prototype a patch is of).
+Outputs  in `out`: encoder.safetensors (the student's), last.pt, log.jsonl, metrics.json,
+         curves.png, neighbours.png (nearest pictures by [CLS]), prototypes.png (which prototype a
+         patch is of).
 
   python baselines/synclr.py --cfg configs/synclr_demo.yaml                        # laptop
   torchrun --nproc_per_node=8 baselines/synclr.py --cfg configs/synclr.yaml        # GPUs
@@ -136,6 +137,8 @@ def main():
     warmup = round(cfg.warmup_epochs * batches.steps_per_epoch)
     log = common.StepLog(cfg, ranks, dataset, batches, first, total)
     captions = len(set(dataset.pose_id.tolist()) - {-1})
+    if batches.short:
+        about += f", {batches.short} pictures left out of captions that are too short of them"
     log.say(f"{about}, {captions} captions, {total} steps of {cfg.batch} pictures")
     loader = common.training_loader(dataset, batches.steps(first, total), cfg.workers, ranks.device)
     runner = common.distributed(model, ranks.device)

@@ -93,6 +93,8 @@ def main():
     first = common.resume(out / "last.pt", model, optimizer)["step"]
     total = cfg.epochs * batches.steps_per_epoch
     log = common.StepLog(cfg, ranks, dataset, batches, first, total)
+    if batches.short:
+        about += f", {batches.short} pictures left out whose pose has too few"
     log.say(f"{about}, {total} steps of {cfg.batch} pictures")
     loader = common.training_loader(dataset, batches.steps(first, total), cfg.workers, ranks.device)
     runner = common.distributed(model, ranks.device)

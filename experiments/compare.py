@@ -374,9 +374,10 @@ def report(cfg, work, methods, tasks, rates, earlier):
         rate = rates[method.name]["rate"]
         folders = [work.trained(method, rate, seed) for seed in cfg.seeds]
         folders = [folder for folder in folders if (folder / "done").exists()]
-        if folders:
-            row |= tables.cost_of(folders[0])
-            own = [seconds[str(folder.relative_to(work.out))] for folder in folders]
+        own = [seconds.get(str(folder.relative_to(work.out))) for folder in folders]
+        own = [one for one in own if one]  # a run that was started by hand has none
+        row |= tables.cost_of(folders[0]) if folders else {}
+        if own:
             row["seconds"] = sum(s for s, _ in own) / len(own)
             row["cut"] = any(cut for _, cut in own)
         costs[method.name] = row | rates[method.name]

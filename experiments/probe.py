@@ -61,7 +61,7 @@ KEYS = dict(
     market=Key(None, "Market-1501's root or one like it, query and gallery: (b)"),
     attributes_train=Key(None, "CSV of attributes to fit on: (c)"),
     attributes_test=Key(None, "CSV of attributes to report on: (c)"),
-) | {name: MACHINE[name] for name in ("seed", "device", "workers", "precision")}  # fmt: skip
+) | {name: MACHINE[name] for name in ("seed", "device", "workers")}  # fmt: skip
 
 # Measure → what stands above its column.
 MEASURES = dict(
@@ -77,13 +77,17 @@ TOKENS = dict(
 
 def main():
     cfg = read_config(KEYS, __doc__)
-    ranks = common.start_ranks(cfg.device, cfg.precision)
+    ranks = common.start_ranks(cfg.device)
     check(cfg)
     names = cfg.names or [name_of(path) for path in cfg.encoders]
     sets = {Path(path).parent.name: path for path in cfg.poses}
     if len(set(names)) < len(names) or len(sets) < len(cfg.poses):
         raise UserError("two encoders or two sets have one name; give names=, or copy a folder")
     held = {name: probe.read_held(path, cfg.people) for name, path in sets.items()}
+    for name, people in held.items():
+        if people.joints and probe.groups_of(people).max() < 4:
+            what = f"{sets[name]} has {probe.groups_of(people).max() + 1} pose groups"
+            raise UserError(f"{what}; (d) predicts each fifth from the others and needs 5")
     market = read_data(cfg.market, train=None)[1:3] if cfg.market else None
     labels = read_labels(cfg)
     encoders = [load(cfg, path) for path in cfg.encoders]

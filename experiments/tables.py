@@ -168,13 +168,15 @@ def percent(value, sign=False):
     return f"{100 * value:+.1f}" if sign else f"{100 * value:.1f}"
 
 
-def cell(row, sign=False):
+def cell(row, sign=False, seeds=0):
+    """seeds: what the table's heading says; a figure that rests on fewer says so."""
     if row is None:
         return "–"
     text = percent(row["mean"], sign)
     if row["low"] is not None:
         text += f" [{percent(row['low'], sign)}, {percent(row['high'], sign)}]"
-    return text
+    own = len(row.get("values") or row["seeds"])
+    return f"{text} ({own} seed{'s' * (own > 1)})" if own < seeds else text
 
 
 def markdown(result):
@@ -184,23 +186,25 @@ def markdown(result):
         columns = [column for column in result["columns"] if column["table"] == table]
         heads = [f"{column['task']} {column['metric']}" for column in columns]
         done = [len(row["values"]) for column in columns for row in column["rows"].values()]
-        seeds = f"{max(done, default=0)} of {len(result['seeds'])} seeds"
+        most = max(done, default=0)
+        seeds = f"{most} of {len(result['seeds'])} seeds"
         lines += [f"## {table}", "", f"Percent; mean of {seeds} [95 % t-interval].", ""]
         lines += head(["method", *heads])
         for method in methods:
-            cells = [cell(column["rows"].get(method)) for column in columns]
+            cells = [cell(column["rows"].get(method), seeds=most) for column in columns]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
         lines += ["", f"Minus {reference}, paired by seed:", "", *head(["method", *heads])]
         for method in [method for method in methods if method != reference]:
             rows = [column["rows"].get(method, {}).get("difference") for column in columns]
-            cells = [cell(row, sign=True) for row in rows]
+            cells = [cell(row, sign=True, seeds=most) for row in rows]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
         lines.append("")
         names = dict.fromkeys(name for column in columns for name in column["contrasts"])
         if names:
             lines += ["Sums of methods, by seed:", "", *head(["", *heads])]
         for name in names:
-            cells = [cell(column["contrasts"].get(name), sign=True) for column in columns]
+            rows = [column["contrasts"].get(name) for column in columns]
+            cells = [cell(row, sign=True, seeds=most) for row in rows]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     names = ["method", "pictures seen", "views", "encoder parameters", "pre-training, s", "rate"]

@@ -98,6 +98,9 @@ def read_data(
         real = train.ids > 0
         train = train.take(real)
         about += f", {len(train.ids)} training pictures of {len(np.unique(train.ids))} people"
+        both = set(train.ids.tolist()) & set(query.ids[query.ids > 0].tolist())
+        if both and not from_zero:  # MSMT17 numbers its two halves separately
+            about += f", {len(both)} of them among the queries too"
         if not real.all():
             about += f" ({(~real).sum()} left out: person 0, a distractor, or -1, junk)"
     return train, query, gallery, about

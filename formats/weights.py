@@ -109,7 +109,8 @@ def checked_weights(vit, state, path, grid):
     found = {name: value for name, (_, value) in source.items() if name in own}
     if not {"pos_embed", "cls_token", "patch_embed.proj.weight"} <= set(found):
         layouts = "MAE, HAP, timm, torchvision, DINOv2, transformers or our layout"
-        raise UserError(f"{path} holds no ViT encoder in {layouts}; check the file")
+        first = next(iter(state), "none")
+        raise UserError(f"{path} holds no ViT encoder in {layouts} (first tensor: {first})")
     check_shape(vit, source, found, path)
     cls_position, found["pos_embed"] = resized_positions(found["pos_embed"], vit.grid, grid, path)
     # Our special tokens have no position; the sum is the same.
@@ -237,7 +238,8 @@ def build_encoder(cfg, reads_pose, drop_path=0.0, semantic_weight=0.8):
     controller = "semantic_weight" in told
     vit = ViT(*shape, checkpoint_activations=cfg.checkpoint_activations, controller=controller)
     vit.requires_grad_(not cfg.freeze)
-    about = f"{size}, {patch} px patches, [CLS]{' and [POSE]' if pose_token else ''}"
+    about = f"{size} with {s['heads']} heads, {patch} px patches"
+    about += ", [CLS] and [POSE]" if pose_token else ", [CLS]"
     about += ", frozen" if cfg.freeze else ""
     if cfg.semantic_weight >= 0 and not controller:
         what = f"semantic_weight={cfg.semantic_weight:g}: {cfg.weights or path or 'a new encoder'}"

@@ -6,8 +6,8 @@ started again with any number of ranks and workers, makes what is missing, and t
 same. What a power cut broke is made again.
 
 Record: a line about the chunk (its units and files, how many rows follow, pictures painted again),
-then a row per picture or skipped pose. A unit's pictures depend on (seed, unit) only. `cfg` is
-the stage's config.
+then a row per picture or skipped pose. A unit's pictures depend on (seed, unit) only (painted ones,
+in their last bits, also on what shares their batch). `cfg` is the stage's config.
 """
 
 import hashlib

@@ -39,18 +39,21 @@ def load_painter(cfg, device):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
     # Weights that come pickled, not as safetensors, are read with weights_only by both libraries.
+    adapter = None
     if cfg.backend == "t2i_adapter":
         adapter = whole_model(cfg.adapter, "adapter", diffusers.T2IAdapter)
         load = partial(diffusers.StableDiffusionAdapterPipeline.from_pretrained, adapter=adapter)
     elif cfg.backend == "text":
         load = diffusers.StableDiffusionPipeline.from_pretrained
     else:
-        net = whole_model(cfg.adapter, "adapter", diffusers.ControlNetModel)
-        load = partial(diffusers.StableDiffusionControlNetPipeline.from_pretrained, controlnet=net)
+        adapter = whole_model(cfg.adapter, "adapter", diffusers.ControlNetModel)
+        kind = diffusers.StableDiffusionControlNetPipeline
+        load = partial(kind.from_pretrained, controlnet=adapter)
     # Part by part: a pipeline does not say which tensors it lacked.
     kinds = {"unet": diffusers.UNet2DConditionModel, "vae": diffusers.AutoencoderKL}
     kinds["text_encoder"] = transformers.CLIPTextModel
     parts = {p: whole_model(cfg.model, "model", kinds[p], subfolder=p) for p in kinds}
+    check_family(cfg, parts["unet"], adapter)
     pipe = from_folder_or_hub(cfg.model, "model", partial(load, **parts))
     pipe.scheduler = sampler(cfg.scheduler, pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -58,6 +61,18 @@ def load_painter(cfg, device):
     pipe.vae.enable_slicing()
     torch.backends.cudnn.deterministic = True
     return pipe.to(device, precision(cfg, device))
+
+
+def check_family(cfg, unet, adapter):
+    """UserError for SDXL's networks, and for a ControlNet of another Stable Diffusion than unet."""
+    if unet.config.addition_embed_type:
+        raise UserError(
+            f"model={cfg.model} is SDXL, which is not supported; take Stable Diffusion 1"
+        )
+    words = unet.config.cross_attention_dim
+    other = adapter is not None and adapter.config.get("cross_attention_dim", words) != words
+    if other or adapter is not None and adapter.config.get("adapter_type") == "full_adapter_xl":
+        raise UserError(f"adapter={cfg.adapter} is of another Stable Diffusion than {cfg.model}")
 
 
 def whole_model(name, key, kind, **where):

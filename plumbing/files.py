@@ -175,7 +175,7 @@ def load_checkpoint(path, kind="a checkpoint of plain tensors"):
             try:
                 return torch.load(regular(path), map_location="cpu", weights_only=True)
             except pickle.UnpicklingError:  # torch advises to load a stranger's file anyway
-                raise ValueError("it is of another kind, or damaged") from None
+                raise ValueError("it holds no state_dict, or is damaged") from None
 
 
 def load_weights(module, state, path):

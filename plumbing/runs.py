@@ -25,6 +25,7 @@ from plumbing.errors import UserError, in_a_line, reading
 from plumbing.files import is_part, load_checkpoint, read_json, write_json
 
 LIBRARIES = ("torchvision", "numpy", "scipy", "pillow", "safetensors")
+CODE = ("script", "commit", "changes")  # what run.json says of it
 SCHEDULE = ("epochs", "warmup_epochs", "blr")  # what a longer run may change
 records = {}  # run folder of this process → (all entries of its run.json, a clock at the start)
 
@@ -67,6 +68,8 @@ def same_data(out, dataset, steps_per_epoch, first):
                 digest.update(np.ascontiguousarray(value))
             elif isinstance(value, (list, tuple)):
                 digest.update(json.dumps(value).encode())
+    if digest.digest() == hashlib.sha256().digest():
+        raise TypeError("people or split of a dataset must be tuples of arrays and lists")
     now = dict(samples=len(dataset), steps_per_epoch=steps_per_epoch, sha256=digest.hexdigest())
     path = Path(out) / "data.json"
     if not first or not path.exists():
@@ -124,11 +127,9 @@ def record_start(out, ranks):
             entries = read_json(Path(out) / "run.json")
             if not isinstance(entries, list) or not all(isinstance(e, dict) for e in entries):
                 raise ValueError("it holds no list of starts")
-        entry = {"command": shlex.join(sys.argv), "started": this_moment(), "commit": commit()}
-        before = entries[-1].get("commit") if entries else entry["commit"]
-        if before != entry["commit"]:
-            change = f"its code was {before} and is {entry['commit']}"
-            print(f"{out} goes on with other code: {change}", file=sys.stderr)
+        entry = {"command": shlex.join(sys.argv), "started": this_moment(), **code()}
+        if entries and any(entries[-1].get(k) != entry.get(k) for k in CODE):
+            print(f"{out} goes on with other code than at its last start", file=sys.stderr)
         entry |= {"python": platform.python_version(), "torch": str(torch.__version__)}
         for name in LIBRARIES:
             with contextlib.suppress(metadata.PackageNotFoundError):
@@ -169,13 +170,28 @@ def this_moment():
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
+def code():
+    """CODE: the script's name, the commit and, where tracked files differ, a hash of how."""
+    found = {"script": Path(sys.argv[0]).name, "commit": commit()}
+    if str(found["commit"]).endswith("-dirty"):
+        change = git("diff", "HEAD") or ""
+        found["changes"] = hashlib.sha256(change.encode()).hexdigest()[:12]
+    return found
+
+
 def commit():
     """This code's commit, with "-dirty" behind it where tracked files differ; None without git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    where = dict(cwd=Path(__file__).parent, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+    found = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+    return found and found.strip()
+
+
+def git(*words):
+    """What git says of the folder of this code; None without git."""
+    where = dict(cwd=Path(__file__).parents[1], env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+    how = dict(capture_output=True, text=True, errors="replace", timeout=10)
     with contextlib.suppress(OSError, subprocess.SubprocessError):  # no git, or it does not answer
-        done = subprocess.run(command, **where, capture_output=True, text=True, timeout=10)
-        return done.stdout.strip() if done.returncode == 0 else None
+        done = subprocess.run(["git", *words], **where, **how)
+        return done.stdout if done.returncode == 0 else None
     return None
 
 

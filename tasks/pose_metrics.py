@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from formats.joints import COCO_JOINTS
+from formats.joints import COCO_JOINTS, joint_name
 from formats.keypoints import AIC_JOINTS, CROWDPOSE_JOINTS
 from tasks.pose import regions
 
@@ -40,7 +40,7 @@ def oks_sigmas(joints):
     pelvis has its hip's .107.
     """
     for source, names, sigmas in PUBLISHED_SIGMAS:
-        if list(joints) == names:
+        if list(joints) == [joint_name(name) for name in names]:  # as readers respell a file's
             return np.array(sigmas), f"{source} published sigmas"
     sigmas = [COCO_SIGMAS.get(name, 0.107 if name == "pelvis" else 0.079) for name in joints]
     why = "this joint set has no published ones; not comparable with other work"

@@ -12,7 +12,6 @@ from collections import Counter
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
@@ -21,6 +20,7 @@ from losses import full_precision, gather_rows_of, gather_with_gradient, no_auto
 from plumbing.errors import UserError
 from plumbing.pictures import load_picture
 from plumbing.seeds import SAMPLE, seed_all
+from tasks.features import resized
 from tasks.ranking import evaluate_features
 
 # ------------------------------------------------------------------------------------ text → tokens
@@ -134,8 +134,8 @@ class Pairs(Dataset):
 
 
 def picture_of(file, size):
-    picture = load_picture("", file).resize(size[::-1], Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    pixels = resized(load_picture("", file), size)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()
 
 
 # ------------------------------------------------------------------------------------------- L_rank

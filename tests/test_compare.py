@@ -62,6 +62,21 @@ def test_differences_are_paired_over_the_seeds_that_both_have():
     assert found["A"]["mean"] == pytest.approx(0.7)
 
 
+def test_a_figure_of_fewer_seeds_says_so():
+    values = {"A": {0: 0.5, 1: 0.7, 2: 0.9}, "B": {0: 0.4, 1: 0.6}, "C": {0: 0.2}}
+    rows = tables.summary(values, "A")
+    sums = tables.contrasts(values, {"gap": [(1, "A"), (-1, "B")]})
+    column = dict(table="real", task="reid", metric="mAP", rows=rows, contrasts=sums)
+    cost = dict.fromkeys(("pictures", "views", "parameters", "seconds", "cut", "rate"))
+    result = dict(methods=dict.fromkeys("ABC", cost), reference="A", columns=[column])
+    lines = tables.markdown(result | dict(seeds=[0, 1, 2], jobs=1, failed={})).splitlines()
+    assert "Percent; mean of 3 of 3 seeds [95 % t-interval]." in lines
+    marks = [(line[2], "(2 seeds)" in line, "(1 seed)" in line) for line in lines if "|" in line]
+    assert marks.count(("A", False, False)) == 2  # its means and its costs
+    assert marks.count(("B", True, False)) == marks.count(("C", False, True)) == 2
+    assert marks.count(("g", True, False)) == 1
+
+
 def test_sums_of_methods_are_taken_seed_by_seed():
     values = {"A": {0: 0.5, 1: 0.7, 2: 0.9}, "B": {0: 0.4, 1: 0.61, 3: 0.1}, "C": {0: 0.2, 1: 0.2}}
     sums = {"gap": [(1, "A"), (-1, "B"), (1, "C")], "none": [(1, "A"), (-1, "unknown")]}
@@ -219,6 +234,10 @@ def test_seeds_of_two_machines_join_to_the_table_of_one(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=why):
             table("three", *words, f"earlier={tmp_path}/one/table.json")
+    first["methods"]["A"]["rate"] = 0.01
+    (tmp_path / "other.json").write_text(json.dumps(first).replace('"0":', '"7":'))
+    with pytest.raises(UserError, match=r"other\.json has other rates than"):
+        table("three", "seeds=2", f"earlier={tmp_path}/one/table.json,{tmp_path}/other.json")
     assert not (tmp_path / "three").exists()
 
 
@@ -292,6 +311,26 @@ def test_parts_hold_other_people_and_prompts_the_same_words(tmp_path):
 
 
 # -------------------------------------------------------------------------------- the whole command
+
+
+def test_a_comparison_that_is_asked_to_stop_stops_its_cells(tmp_path):
+    train, out = write_set(tmp_path / "train", n_poses=8), tmp_path / "out"
+    row = f"HAP | pretrain.py annotations={train} size=tiny height=64 width=32 patch=8 batch=12"
+    row += " gamma_mp=0 epochs=500 warmup_epochs=1 workers=0 save_every=1 device=cpu"
+    config = tmp_path / "compare.yaml"
+    task = "real | probe | experiments/probe.py encoders={encoder} | oks_cls"
+    config.write_text(f"methods:\n  - {row}\ntasks:\n  - {task}\nreference: HAP\n")
+    words = ["--cfg", config, f"out={out}", "seeds=0", "jobs=2"]
+    process = run_script("experiments/compare.py", *words, start_only=True)
+    run, end = out / "methods/HAP/one_rate/seed_0", time.time() + 200
+    while not (run / "last.pt").exists() and time.time() < end and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1]
+    assert process.returncode == 130, said
+    said = (out / "methods/HAP/one_rate/seed_0.log").read_text()
+    assert "which is saved; the same command goes on" in said
+    assert "seconds" not in (out / "times.jsonl").read_text() and not (run / "done").exists()
 
 
 def test_a_comparison_is_killed_goes_on_and_names_what_failed(tmp_path, monkeypatch):

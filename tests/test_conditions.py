@@ -105,8 +105,9 @@ def test_overlay_and_sheet(tmp_path):
 def fork(folder, entry):
     """generate.py as someone forks it: one entry more in CONDITIONS. → the module"""
     text = (ROOT / "generate.py").read_text(encoding="utf-8")
-    assert text.count("CONDITIONS = {\n") == 1
-    (folder / "fork.py").write_text(text.replace("CONDITIONS = {\n", "CONDITIONS = {\n" + entry))
+    head, found, rest = text.partition("CONDITIONS = {\n")
+    own, _, rest = rest.partition("}\n")
+    (folder / "fork.py").write_text(f"{head}{found}{own}{entry}}}\n{rest}")
     spec = importlib.util.spec_from_file_location("fork", folder / "fork.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -58,7 +58,10 @@ def test_every_token_of_every_picture(folder, tmp_path, capsys):
     predict(f"predict={folder}", weights, f"out={tmp_path}/run", "size=base", "height=256")
     said = capsys.readouterr()
     assert "5 pictures x 192: cls, pose, patch_mean" in said.out and "nearest_pose.png" in said.out
-    assert "tiny, 16 px patches, [CLS] and [POSE]" in said.err and "64 × 32 px" in said.err
+    assert (
+        "tiny with 3 heads, 16 px patches, [CLS] and [POSE]" in said.err
+        and "64 × 32 px" in said.err
+    )
     found = np.load(tmp_path / "run/features.npz")
     names = ["a.jpg", "b.png", "below/c.png", "y.png", "z.png"]
     assert found["files"].tolist() == names and len(found.files) == 4

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -141,6 +142,34 @@ def test_an_adapter_that_lacks_tensors_is_refused(tiny, tmp_path, monkeypatch, d
     save_file(weights, folder / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match="adapter=.* lacks .* of a T2IAdapter"):
         run(monkeypatch, arguments(tiny, out=tmp_path / "a", adapter=folder))
+    assert not (tmp_path / "a").exists()
+
+
+def changed(folder, **more):
+    """A model's folder whose config says something else."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | more))
+
+
+def test_sdxl_and_networks_of_another_stable_diffusion_are_refused(tiny, tmp_path, monkeypatch):
+    t2i, net = (shutil.copytree(tiny / n, tmp_path / n) for n in ("t2i", "controlnet"))
+    changed(t2i, adapter_type="full_adapter_xl", channels=[16, 32, 32, 32])
+    sd = shutil.copytree(tiny / "sd", tmp_path / "sd")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(sd / "unet")
+    big = type(unet).from_config(unet.config, cross_attention_dim=64)
+    diffusers.ControlNetModel.from_unet(
+        big, conditioning_embedding_out_channels=(8, 8, 16, 16)
+    ).save_pretrained(net)
+    more = dict(addition_embed_type="text_time", addition_time_embed_dim=8)
+    more |= dict(projection_class_embeddings_input_dim=80)
+    type(unet).from_config(unet.config, **more).save_pretrained(sd / "unet")
+    for backend, words, why in (
+        ("t2i_adapter", dict(model=sd), "model=.*sd is SDXL, which is not supported"),
+        ("controlnet", dict(adapter=net), "adapter=.*controlnet is of another Stable Diffusion"),
+        ("t2i_adapter", dict(adapter=t2i), "adapter=.*t2i "),
+    ):
+        with pytest.raises(UserError, match=why):
+            run(monkeypatch, arguments(tiny, backend, out=tmp_path / "a", **words))
     assert not (tmp_path / "a").exists()
 
 

@@ -144,10 +144,14 @@ def test_figures_without_a_usable_reference_are_left_out():
     assert flat == {"PCK@.2": 1.0} and full["people_without_torso"] == 1
 
 
-def test_sigmas_are_published_ones_or_said_to_be_ours():
+def test_sigmas_are_published_ones_or_said_to_be_ours(monkeypatch):
     sigmas, source = metrics.oks_sigmas(COCO_JOINTS)
     with_coco = COCOeval(iouType="keypoints").params.kpt_oks_sigmas
     assert np.allclose(sigmas, with_coco) and source.startswith("COCO")
+    monkeypatch.setattr(metrics, "PUBLISHED_SIGMAS", (("Ours", ["LKnee", "TOE 1"], [0.1, 0.2]),))
+    sigmas, source = metrics.oks_sigmas(["left_knee", "toe_1"])  # as read_people respells a file's
+    assert sigmas.tolist() == [0.1, 0.2] and source == "Ours published sigmas"
+    monkeypatch.undo()
     sigmas, source = metrics.oks_sigmas(mpii.MPII_JOINTS)
     assert source.startswith("our sigmas") and sigmas[[0, 6, 9, 10]].tolist() == [
         0.089,

@@ -307,6 +307,10 @@ def test_what_cannot_be_scored_is_refused(tmp_path):
     path.write_text(json.dumps(document))
     with pytest.raises(UserError, match="neither joints nor pose_id"):
         probe.read_held(path)
+    path = write_set(tmp_path / "few", n_poses=4, per_pose=5)
+    words = f"encoders=none size=tiny height=64 width=32 poses={path} out={tmp_path}/out"
+    done = run_script("experiments/probe.py", *words.split())
+    assert "has 4 pose groups; " in done.stderr and not (tmp_path / "out").exists()
 
 
 def test_a_limit_keeps_pose_groups_whole(tmp_path):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -333,6 +334,22 @@ def test_a_defect_is_one_line_with_the_name_of_a_file(sets, tmp_path):
     assert last.startswith("error: a defect of this program, please report") and "so it is" in last
     (file,) = (tmp_path / "run").glob("error_*.txt")
     assert str(file) in last and "Traceback" in file.read_text()
+
+
+def test_another_program_that_imports_from_here_keeps_its_ctrl_c(tmp_path):
+    """A notebook, a test runner, a script elsewhere; a script of this repository does not."""
+    code = "import signal, sys\nsys.path.insert(0, sys.argv[1])\nimport plumbing.quiet\n"
+    code += "print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)\n"
+    (tmp_path / "theirs.py").write_text(code)
+    (tmp_path / "copy").mkdir()
+    shutil.copytree(ROOT / "plumbing", tmp_path / "copy/plumbing")
+    (tmp_path / "copy/stage.py").write_text(code)
+    said = []
+    for words in (["-c", code], [tmp_path / "theirs.py"], [tmp_path / "copy/stage.py"]):
+        command = [sys.executable, *words, tmp_path / "copy"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        said.append(done.stdout.strip())
+    assert said == ["True", "True", "False"]
 
 
 SPIN = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"

@@ -95,7 +95,7 @@ def test_market_reader(data):
     assert query.ids.tolist() == [NOBODY, 101, 102, 103, 104, 105, 999]
     assert sorted(set(gallery.cameras.tolist())) == [1, 2, 3]
     assert "33 training pictures of 9 people" in about and "1 distractors, 1 junk" in about
-    assert train.folder == str(data / "bounding_box_train")
+    assert train.folder == str(data / "bounding_box_train") and "among the queries" not in about
 
 
 def test_other_folders_in_market_naming(tmp_path):
@@ -107,7 +107,8 @@ def test_other_folders_in_market_naming(tmp_path):
     train, query, gallery, about = read_data(tmp_path, "auto", "a", "q", "a")
     assert (train.ids.tolist(), train.cameras.tolist()) == ([1, 7], [2, 11])
     assert gallery.ids.tolist() == [0, 1, 7] and query.ids.tolist() == [1]
-    assert "1 distractors and junk left out" in about
+    assert "(1 left out: person 0, a distractor, or -1, junk)" in about
+    assert "2 people, 1 of them among the queries too" in about
     assert read_data(tmp_path, "auto", None, "q", "a")[0] is None
 
 
@@ -126,6 +127,7 @@ def test_msmt17_in_market_naming_counts_people_from_0(tmp_path, data):
     assert train.ids.tolist() == [1, 1, 2] and gallery.ids.tolist() == [-1, 1, 2]
     assert query.ids.tolist() == [NOBODY, 1, 2]
     assert "0 distractors, 1 junk)" in about and "numbered from 0 in the files" in about
+    assert "among the queries" not in about
     assert "left out" not in about and "3 training pictures of 2 people" in about
     only_test = read_data(tmp_path, train=None)
     assert only_test[0] is None and only_test[2].ids.tolist() == [-1, 1, 2]

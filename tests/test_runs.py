@@ -195,6 +195,17 @@ def test_copies_change_no_run_and_0_keeps_none(annotations, short, tmp_path, mon
 # -------------------------------------------------------------------------------------- run.json
 
 
+def test_every_third_step_is_logged_and_the_last_one(annotations, short, tmp_path, monkeypatch):
+    """With the figures of those steps, and the speed of the steps since the line before."""
+    ticks = iter(np.arange(0, 1000, 0.5))
+    monkeypatch.setattr(common.time, "perf_counter", lambda: float(next(ticks)))
+    out = pretrain_here(monkeypatch, annotations, tmp_path / "run", "log_every=3")
+    assert log_of(out) == [row for row in log_of(short) if row["step"] in (1, 4, 7, 8)]
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    speeds = [row["pictures_per_s"] for row in rows]
+    assert speeds == [pytest.approx(speeds[1])] * 4
+
+
 def test_run_json_says_what_ran_where_and_when(short):
     (entry,) = record(short)
     assert entry["command"].startswith("pretrain.py annotations=")
@@ -316,14 +327,19 @@ def test_a_record_that_cannot_be_kept_costs_a_line(tmp_path, capfd, kind):
 
 
 def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, monkeypatch, capfd):
-    alone, head = common.Ranks(0, 1, torch.device("cpu")), "a" * 40
-    for code in (head, head, f"{head}-dirty"):
-        monkeypatch.setattr(runs, "commit", lambda code=code: code)
+    """Another script, another commit, or other changes of tracked files."""
+    alone, line = common.Ranks(0, 1, torch.device("cpu")), "goes on with other code than at its"
+    starts = (("pretrain.py", "a", ""), ("pretrain.py", "a", ""), ("fork.py", "a", ""))
+    starts += (("fork.py", "b-dirty", "one"), ("fork.py", "b-dirty", "one"))
+    starts += (("fork.py", "b-dirty", "two"),)
+    said = []
+    for script, commit, change in starts:
+        monkeypatch.setattr(sys, "argv", [f"/somewhere/{script}"])
+        monkeypatch.setattr(runs, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr(runs, "git", lambda *words, change=change: change)
         runs.record_start(tmp_path, alone)
-        said = capfd.readouterr().err
-        assert said.count("\n") == code.endswith("-dirty")
-    what = f"goes on with other code: its code was {head} and is {head}-dirty\n"
-    assert said == f"{tmp_path} {what}"
+        said.append(f"{tmp_path} {line} last start\n" == capfd.readouterr().err)
+    assert said == [False, False, True, True, False, True]
 
 
 def test_every_stage_closes_its_record():
