@@ -285,7 +285,8 @@ def test_an_encoder_that_says_of_itself_what_we_never_write(tmp_path, words):
     vit = ViT(s["width"], s["depth"], s["heads"], (32, 16), 8)
     meta = {name: str(value) for name, value in meta_of(vit).items()}
     save_file(vit.state_dict(), path, {"encoder": json.dumps(meta)})
-    assert meta["size"] == "tiny" and "tiny, 8 px" in encoder_of(path, height=32, width=16)[1]
+    about = encoder_of(path, height=32, width=16)[1]
+    assert meta["size"] == "tiny" and "tiny with 3 heads, 8 px" in about
     if isinstance(words, dict):
         words = {name: value for name, value in (meta | words).items() if value is not ...}
     save_file(vit.state_dict(), path, {"encoder": json.dumps(words)})
