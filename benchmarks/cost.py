@@ -30,9 +30,8 @@ from plumbing.config import Key, read_config
 
 PEAK = {"A100": 312e12, "H100 SXM": 989e12}  # dense bf16 FLOP/s, NVIDIA's data sheets
 POSES, K, EPOCHS = 117126, 5, 400  # [paper], [paper, inferred], [HAP]
-PAINTED = (
-    57_000  # of train2017 with annotated people [HRNet]; a painted picture gives a crop a person
-)
+# Pictures of train2017 with annotated people [HRNet]. A painted one gives a crop a person.
+PAINTED = 57_000
 KEYS = dict(efficiency=Key(0.4, "share of the peak that is reached", low=0.01, high=1.0))
 ROOT = Path(__file__).resolve().parent.parent
 

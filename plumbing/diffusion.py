@@ -66,12 +66,13 @@ def load_painter(cfg, device):
 def check_family(cfg, unet, adapter):
     """UserError for SDXL's networks, and for a ControlNet of another Stable Diffusion than unet."""
     if unet.config.addition_embed_type:
-        raise UserError(
-            f"model={cfg.model} is SDXL, which is not supported; take Stable Diffusion 1"
-        )
+        what = f"model={cfg.model} is SDXL, which is not supported"
+        raise UserError(f"{what}; take Stable Diffusion 1")
+    if adapter is None:
+        return
     words = unet.config.cross_attention_dim
-    other = adapter is not None and adapter.config.get("cross_attention_dim", words) != words
-    if other or adapter is not None and adapter.config.get("adapter_type") == "full_adapter_xl":
+    fits = adapter.config.get("cross_attention_dim", words) == words  # a T2I-Adapter has none
+    if not fits or adapter.config.get("adapter_type") == "full_adapter_xl":
         raise UserError(f"adapter={cfg.adapter} is of another Stable Diffusion than {cfg.model}")
 
 
