@@ -196,12 +196,11 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, depth=0):
 
 def layer_of(name, depth):
     """Layer of a parameter [ViTPose, MAE]: embeddings 0, block i is i + 1, the rest depth + 1."""
-    if not name.startswith("encoder."):
-        return depth + 1
-    block = re.search(r"\bblocks\.(\d+)\.", name)
+    name = name.removeprefix("encoder.")  # blocks of a head or a decoder belong to the rest
+    block = re.match(r"blocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
-    return 0 if re.search(r"\b(patch_embed|\w+_token|pos_embed)\b", name) else depth + 1
+    return 0 if re.match(r"(patch_embed|\w+_token|pos_embed)\b", name) else depth + 1
 
 
 def set_learning_rate(optimizer, lr):

@@ -362,7 +362,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_pictures(data, tmp_path):
 def test_layers_for_layer_decay():
     names = {"encoder.pos_embed": 0, "encoder.cls_token": 0, "encoder.patch_embed.proj.bias": 0}
     names |= {"encoder.blocks.0.norm1.weight": 1, "encoder.blocks.11.mlp.fc1.bias": 12}
-    names |= {"encoder.norm.bias": 13, "classifier.weight": 13}
+    names |= {"encoder.norm.bias": 13, "classifier.weight": 13, "blocks.2.norm1.weight": 3}
+    names |= {"encoder.shape_token": 0, "decoder.blocks.0.norm1.weight": 13, "head.token": 13}
     assert {name: layer_of(name, 12) for name in names} == names
 
 
