@@ -13,7 +13,7 @@ import numpy as np
 
 from formats.joints import COCO_CATEGORY, flip_ids, joint_name
 from formats.joints import other_joints as other_joints  # readers of COCO files take it from here
-from formats.people import MIN_SCORE as MIN_SCORE  # and this
+from formats.people import MIN_SCORE as MIN_SCORE  # readers of COCO files take it from here
 from formats.people import Limits, People, leave_out, read_folder
 from plumbing.errors import UserError, and_more, reading
 from plumbing.files import read_json, regular, write_atomic

@@ -43,6 +43,7 @@ def read_held(path, limit=PEOPLE, min_joints=MIN_JOINTS):
     G, n = groups.max(initial=-1) + 1, len(groups)
     if n < 10:
         raise UserError(f"{path} has {n} people with {min_joints} joints or more; 10 are needed")
+    # At least five groups: ridge_joints has as many folds.
     chosen = np.linspace(0, G - 1, max(5, round(G * min(1, limit / n)))).round()
     return people.take(np.isin(groups, chosen))
 

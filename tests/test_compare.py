@@ -313,6 +313,18 @@ def test_parts_hold_other_people_and_prompts_the_same_words(tmp_path):
 # -------------------------------------------------------------------------------- the whole command
 
 
+def signalled(words, run, number):
+    """compare.py, sent a signal once `run`, a cell of it, has a checkpoint. → its exit code"""
+    process = run_script("experiments/compare.py", *words, start_only=True)
+    end = time.time() + 200
+    while not (run / "last.pt").exists() and time.time() < end and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    process.wait()
+    process.stderr.close()
+    return process.returncode
+
+
 def test_a_comparison_that_is_asked_to_stop_stops_its_cells(tmp_path):
     train, out = write_set(tmp_path / "train", n_poses=8), tmp_path / "out"
     row = f"HAP | pretrain.py annotations={train} size=tiny height=64 width=32 patch=8 batch=12"
@@ -321,15 +333,9 @@ def test_a_comparison_that_is_asked_to_stop_stops_its_cells(tmp_path):
     task = "real | probe | experiments/probe.py encoders={encoder} | oks_cls"
     config.write_text(f"methods:\n  - {row}\ntasks:\n  - {task}\nreference: HAP\n")
     words = ["--cfg", config, f"out={out}", "seeds=0", "jobs=2"]
-    process = run_script("experiments/compare.py", *words, start_only=True)
-    run, end = out / "methods/HAP/one_rate/seed_0", time.time() + 200
-    while not (run / "last.pt").exists() and time.time() < end and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    said = process.communicate()[1]
-    assert process.returncode == 130, said
-    said = (out / "methods/HAP/one_rate/seed_0.log").read_text()
-    assert "which is saved; the same command goes on" in said
+    run = out / "methods/HAP/one_rate/seed_0"
+    assert signalled(words, run, signal.SIGTERM) == 130
+    assert "is saved; the same command goes on" in run.with_suffix(".log").read_text()
     assert "seconds" not in (out / "times.jsonl").read_text() and not (run / "done").exists()
 
 
@@ -346,20 +352,14 @@ def test_a_comparison_is_killed_goes_on_and_names_what_failed(tmp_path, monkeypa
     config.write_text("\n".join(lines) + "\n")
     words = ["--cfg", config, f"out={out}", "seeds=0", "jobs=2"]
 
-    process = run_script("experiments/compare.py", *words, start_only=True)
-    run, end = out / "methods/GenPoCCL/one_rate/seed_0", time.time() + 200
-    while not (run / "last.pt").exists() and time.time() < end and process.poll() is None:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stderr.close()
+    run = out / "methods/GenPoCCL/one_rate/seed_0"
+    assert signalled(words, run, signal.SIGKILL) == -signal.SIGKILL
     log = (run / "log.jsonl").read_text()
     assert log and not (run / "done").exists() and not (out / "table.json").exists()
 
     done = run_script("experiments/compare.py", *words)
     assert done.returncode == 0, done.stderr
-    said = (out / "methods/GenPoCCL/one_rate/seed_0.log").read_text()
-    assert "continues after step" in said  # of the killed cell, by the script itself
+    assert "continues after step" in run.with_suffix(".log").read_text()  # of the script itself
     table = json.loads((out / "table.json").read_text())
     column, misnamed = table["columns"]
     assert not misnamed["rows"]

@@ -206,6 +206,17 @@ def test_every_third_step_is_logged_and_the_last_one(annotations, short, tmp_pat
     assert speeds == [pytest.approx(speeds[1])] * 4
 
 
+def test_a_dataset_whose_list_cannot_be_compared_is_refused(tmp_path):
+    """A run could go on with other data unnoticed."""
+
+    class Fork(list):
+        split = {"names": "a b"}
+
+    with pytest.raises(TypeError, match="people or split of a dataset"):
+        runs.same_data(tmp_path, Fork(range(4)), 2, 0)
+    assert not list(tmp_path.iterdir())
+
+
 def test_run_json_says_what_ran_where_and_when(short):
     (entry,) = record(short)
     assert entry["command"].startswith("pretrain.py annotations=")
@@ -308,6 +319,10 @@ def test_the_commit_is_named_and_marked_where_files_differ(tmp_path, monkeypatch
     assert runs.commit() == head
     (code / "plumbing/runs.py").write_text("2\n")
     assert runs.commit() == f"{head}-dirty"
+    first = runs.code()["changes"]
+    assert runs.code()["changes"] == first
+    (code / "plumbing/runs.py").write_text("3\n")
+    assert runs.code()["changes"] != first
     monkeypatch.setenv("PATH", str(tmp_path))
     assert runs.commit() is None  # no git
 
@@ -318,12 +333,13 @@ def test_a_record_that_cannot_be_kept_costs_a_line(tmp_path, capfd, kind):
     if kind == "a folder":
         (file / "inside").mkdir(parents=True)
     else:
-        file.write_text({"not a list": "{}", "no starts": "[1]", "not JSON": "["}[kind])
+        text = {"not a list": "{}", "no starts": "[1]", "not JSON": "["}[kind]
+        file.write_text(text)
     runs.record_start(tmp_path, common.Ranks(0, 1, torch.device("cpu")))
     runs.finish_run(tmp_path)
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith(f"{file} stays as it is: ")
-    assert (tmp_path / "done").exists() and (kind == "a folder" or len(file.read_text()) < 4)
+    assert (tmp_path / "done").exists() and (kind == "a folder" or file.read_text() == text)
 
 
 def test_a_run_that_goes_on_with_other_code_says_so(tmp_path, monkeypatch, capfd):
