@@ -115,7 +115,8 @@ def main():
     local = cfg.local_crops, (cfg.local_height, cfg.local_width), (cfg.local_min, cfg.local_max)
     local = local if cfg.local_crops else None
     dataset = parts.Crops(people, (cfg.height, cfg.width), cfg.seed, options, 1, local)
-    batches = PoseBatches(dataset, cfg.batch, cfg.pictures_per_caption, [], cfg.seed, ranks)
+    P = cfg.pictures_per_caption
+    batches = PoseBatches(dataset, cfg.batch, P, [], cfg.seed, ranks)
     if not batches.posed:
         files = ", ".join(cfg.annotations)
         raise UserError(f"no two pictures share a caption: {files} holds no pose_id; make a set "
@@ -138,7 +139,7 @@ def main():
     log = common.StepLog(cfg, ranks, dataset, batches, first, total)
     captions = len(set(dataset.pose_id.tolist()) - {-1})
     if batches.short:
-        about += f", {batches.short} pictures left out of captions that are too short of them"
+        about += f", {batches.short} left out because their caption has fewer than {P} pictures"
     log.say(f"{about}, {captions} captions, {total} steps of {cfg.batch} pictures")
     loader = common.training_loader(dataset, batches.steps(first, total), cfg.workers, ranks.device)
     runner = common.distributed(model, ranks.device)

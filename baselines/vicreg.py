@@ -94,7 +94,7 @@ def main():
     total = cfg.epochs * batches.steps_per_epoch
     log = common.StepLog(cfg, ranks, dataset, batches, first, total)
     if batches.short:
-        about += f", {batches.short} pictures left out whose pose has too few"
+        about += f", {batches.short} left out because their pose has fewer than 2 pictures"
     log.say(f"{about}, {total} steps of {cfg.batch} pictures")
     loader = common.training_loader(dataset, batches.steps(first, total), cfg.workers, ranks.device)
     runner = common.distributed(model, ranks.device)
