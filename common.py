@@ -1,8 +1,7 @@
 """What every stage repeats, once: ranks, schedule, run folder and checkpoint, log.
 
-A stage script uses these in the order they stand here, after it has read its config; what it needs
-of plumbing/ (random numbers, loaders, files) it finds here by the same names. Nothing here knows
-the method.
+About in the order in which a stage script uses them, after it has read its config. Random numbers,
+loaders and files of plumbing/ stand here too, by the same names. Nothing here knows the method.
 """
 
 import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load

@@ -243,7 +243,7 @@ def part_patches(keypoints, grid, patch_size):
     joints = torch.stack([column, row, (v > 0).long()], 2).unbind(1)  # 17 × (B, 3)
     # One by one: an index of joint ids would be copied to the GPU, and the host would wait.
     links = [link for part in PARTS for link in part]
-    a = torch.stack([joints[i] for i, _ in links], 1)  # (B, L, 3)
+    a = torch.stack([joints[i] for i, _ in links], 1)  # (B, L, 3), L links
     b = torch.stack([joints[j] for _, j in links], 1)
     low, high = a.minimum(b), a.maximum(b)
     valid = low[..., 2:] > 0  # both end points are there; else the link is skipped
@@ -343,8 +343,8 @@ class PoseBatches(StepSampler):
                 raise UserError(f"shares={shares} must be one number ≥ 0 per {files}")
             ends = np.round(np.cumsum(shares) / np.sum(shares) * total).astype(int)
             counts = np.diff(ends, prepend=0)
-        # c slots of a file span (c − 1)/n of an epoch; there each other file g has more than
-        # n_g (c − 1)/n − 1 slots, and a batch has room for them all.
+        # c of a file's n slots span (c − 1)/n of an epoch. There any other file, of m slots, has
+        # more than m (c − 1)/n − 1. All must fit into one batch, which bounds c.
         in_a_batch = np.floor(counts * (self.slots + len(counts) - 2) / max(total, 1)) + 1
         at_most = np.minimum(in_a_batch, self.slots)
         for f in np.flatnonzero(np.minimum(counts, at_most) > offered):

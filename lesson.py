@@ -31,7 +31,7 @@ BLUE, ORANGE, GREY = COLOURS[0], COLOURS[5], "0.5"
 
 
 def alike(n, width=2):
-    """(n, width), nearly in one direction: what a fresh network makes of all pictures."""
+    """(n, width), nearly in one direction: nothing is told apart yet."""
     noise = torch.randn(n, width, generator=torch.Generator().manual_seed(0))
     return F.normalize(1 + 0.2 * F.normalize(noise, dim=1), dim=1)
 
@@ -123,12 +123,12 @@ def temperature(axes):
     """A small temperature hears the nearest negatives alone; a large one is sure of nothing."""
     angle = torch.linspace(0, 2 * math.pi, 513)[1:-1]  # 511 negatives, seen from angle 0
     for axis, tau in zip(axes, (0.02, 1)):
-        share = (angle.cos() / tau).softmax(0)  # who pushes how much
+        share = (angle.cos() / tau).softmax(0)  # the weight of each in the gradient
         # 1 / Σ share² counts equal shares. Bessel's I0(1/τ) is the mean of exp(cos / τ) all around.
         felt, theory = 1 / share.square().sum() / 511, np.i0(1 / tau) ** 2 / np.i0(2 / tau)
         expect(f"part of the negatives that is felt, τ = {tau}", felt, theory)
         axis.scatter(angle.cos()[7::16], angle.sin()[7::16], 60000 * share[7::16], BLUE, alpha=0.5)
-        draw_circle(axis, torch.tensor([[1.0, 0]]), POSES[4:], f"who pushes, τ = {tau}")
+        draw_circle(axis, torch.tensor([[1.0, 0]]), POSES[4:], f"weights of negatives, τ = {tau}")
     taus = np.geomspace(0.02, 1, 9)
     ends = [learn(alike(32), lambda z, t=t: multi_positive_loss(z, POSES, t))[1][-1] for t in taus]
     even = [even_loss(8, 4, t) for t in taus]  # the loss is ln (3 / probability of positives)
@@ -170,7 +170,7 @@ def matrix(axes):
     axes[0].set(xticks=range(12), yticks=range(12), title="+ positive, − negative, · left out")
     axes[0].set(xticklabels=id.tolist(), yticklabels=id.tolist(), xlabel="pose", ylabel="pose")
     draw_circle(axes[1], path[0], id, "the start")
-    draw_circle(axes[2], path[-1], id, "the end: hollow ones stay")
+    draw_circle(axes[2], path[-1], id, "the end: white squares stay")
 
 
 def precision(axes):
@@ -218,14 +218,15 @@ def ranks(axes):
     z, counts = alike(32).requires_grad_(), (1, 2, 4, 8, 16)
     (true,) = grad(multi_positive_loss(z, POSES, TAU), z)
     ways = ("with gradient", "without gradient", "own slice")
-    for way, expected, colour in zip(ways, (1, 1 / 2, 1 / 4), (BLUE, ORANGE, GREY)):
+    looks = ((BLUE, 7), (ORANGE, 4), (GREY, 2))  # where lines meet, all can be seen
+    for way, expected, (colour, width) in zip(ways, (1, 1 / 2, 1 / 4), looks):
         found = [grad(mean_of_ranks(z, R, way), z)[0] for R in counts]
         left = [(g * true).sum() / true.square().sum() for g in found]  # along the true one
         expect(f"{way}, 4 ranks: part of the gradient", left[2], expected)
-        axes[0].plot(counts, left, "o-", color=colour, lw=3)
+        axes[0].plot(counts, left, "o-", color=colour, lw=width)
         for axis, kind, rate in ((axes[1], SGD, 0.5), (axes[2], Adam, 0.02)):  # Adam hides scale
             _, loss = learn(z.detach(), lambda z, w=way: mean_of_ranks(z, 4, w), 150, rate, kind)
-            axis.plot(loss, color=colour, lw=3, label=way)
+            axis.plot(loss, color=colour, lw=width, label=way)
             axis.set(xlabel="step", title=f"loss, 4 ranks, {kind.__name__}")
     axes[0].set(xlabel="ranks R", xticks=counts, title="part of the gradient that is left")
 

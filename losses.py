@@ -2,8 +2,8 @@
 
     L = L_rec + γ1·L_align + γ2·L_mp
 
-Legend: B embeddings on this rank · M embeddings on all ranks, in rank order · N patches · D width ·
-p patch side · H, W picture · h, w grid.
+Legend: B embeddings on this rank · M embeddings on all ranks, in rank order · N patches, V of them
+visible · v views · D width · p patch side · H, W picture · h, w grid.
 
 Several ranks. Each loss returns this rank's *share*: the mean of the shares over the ranks is the
 loss of the global batch, and DistributedDataParallel's mean of the gradients is the exact gradient
@@ -191,8 +191,8 @@ def reconstruction_loss(pred, images, mask, patch_size):
     """L_rec [MAE]: mean squared error to normalised pixels, over the masked patches of all ranks.
 
     pred (B, N, p·p·3): pixels row by row, channel last; images (B, 3, H, W) float, as the encoder
-    saw them; mask (B, N) bool, True = masked; rows may differ in number. → scalar ≥ 0, this rank's
-    share; nothing masked: 0. GenPoCCL, whose rows mask equally many, takes patch_error's mean.
+    saw them; mask (B, N) bool, True = masked, any number in a row. → scalar ≥ 0, this rank's share;
+    nothing masked: 0. GenPoCCL, whose rows mask equally many, takes patch_error's mean.
     """
     with no_autocast(pred):
         pred, images = full_precision(pred, images)
@@ -210,9 +210,9 @@ def alignment_loss(a, b, tau=0.2, gather_gradient=True):
 
     a, b (B, D) float, row i of both: picture i under two masks; L2-normalised here. tau .2 [HAP].
     → scalar, this rank's share.
-    gather_gradient=False is HAP's way: keys carry no gradient, so each picture is pulled only as a
-    query. It saves the backward communication and is kept to reproduce HAP; the gradient is then
-    that of no loss.
+    Deviates from HAP, whose keys carry no gradient (gather_gradient=False): there each picture is
+    pulled only as a query. That saves the backward communication and is kept to reproduce HAP; the
+    gradient is then that of no loss.
     """
     with no_autocast(a):
         # Of length 1, so that a product is a cosine and cannot grow without end.

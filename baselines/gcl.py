@@ -36,7 +36,7 @@ Outputs  in `out`: metrics.json (ReID before and after the joint stage, clusters
 
   python baselines/gcl.py --cfg configs/gcl_demo.yaml            # two CPU cores, six minutes
 
-Legend: B pictures of a batch · N of the training set · S stripes · D width · E of the embedding.
+Legend: B pictures of a batch · N of the training set · S steps of an epoch · E embedding's width.
 """
 
 import sys
@@ -82,7 +82,7 @@ KEYS = dict(
     init=Key(None, "E_id, stage 1: the encoder to start from"),
     size=Key("base", "its size, where init= does not say it", "[HAP]", tuple(SIZES)),
     patch=Key(16, "its patch side in px, where init= does not say it", "[MAE]", low=1),
-    stripes=Key(4, "S: stripes of E_id, and residual blocks of G they drive", "[GCL]", low=1),
+    stripes=Key(4, "stripes of E_id, and residual blocks of G they drive", "[GCL]", low=1),
     embedding=Key(512, "E: width of f and of the memory", "[GCL]", low=2),
     g_width=Key(16, "channels of E_str's first layer; G begins with 8 times as many", "[GCL]",
                 low=1),
@@ -266,7 +266,8 @@ def memory_loss(f, g, bank, noise, negatives, tau):
 
     f, g (B, E) of length 1: embeddings of x and of x_nv. bank: memory M (N, E), cluster labels (N,)
     with -1 = none, index (B,) of the batch in it. noise (3, B, N) uniform: who is j, j', and which
-    of other clusters are negatives, at most `negatives`. All three share the negatives of g [GCL].
+    pictures of other clusters, or of none, are negatives, at most `negatives`. All three share the
+    negatives of g [GCL].
     """
     memory, labels, index = bank
     same = labels[index][:, None] == labels  # (B, N)

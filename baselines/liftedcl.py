@@ -48,7 +48,7 @@ Legend: B pictures on this rank · C width of an embedding · h, w grid of patch
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 # isort: split
 import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load

@@ -20,6 +20,7 @@ from formats.weights import meta_of, resized_positions
 from losses import full_precision, gather_rows_of, no_autocast
 from model import SIZES
 from plumbing.config import Key
+from plumbing.errors import UserError
 from plumbing.files import save_checkpoint, save_weights
 from plumbing.pictures import load_picture
 from plumbing.seeds import VIEW, seed_all
@@ -65,6 +66,15 @@ def save(out, encoder, model, optimizer, step, **more):
     out, state = Path(out), dict(model=model.state_dict(), optimizer=optimizer.state_dict())
     save_weights(out / "encoder.safetensors", encoder, **meta_of(encoder))
     save_checkpoint(out / "last.pt", **state, step=step, **more)
+
+
+def check_local_crops(cfg):
+    """UserError where keys of the small crops are valid one by one but not together."""
+    if cfg.local_crops and (cfg.local_height % cfg.patch or cfg.local_width % cfg.patch):
+        sides = f"local_height={cfg.local_height} and local_width={cfg.local_width}"
+        raise UserError(f"{sides} must be multiples of patch={cfg.patch}")
+    if cfg.local_min > cfg.local_max:
+        raise UserError(f"local_min={cfg.local_min} is above local_max={cfg.local_max}")
 
 
 class Crops(PretrainPictures):
@@ -153,10 +163,15 @@ def cosine_between(step, total, start, end):
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(1, total)))
 
 
+def mean_entropy(p):
+    """Probabilities (…, K) → mean of −Σ_k p_k ln p_k, scalar."""
+    return -(p * p.clamp(min=1e-30).log()).sum(-1).mean()
+
+
 @torch.no_grad()
 def update_teacher(teacher, student, momentum):
     """teacher ← momentum · teacher + (1 − momentum) · student; buffers are copied."""
-    own = [p for p in teacher.parameters() if p.is_floating_point()]
+    own = list(teacher.parameters())
     torch._foreach_lerp_(own, [p.detach() for p in student.parameters()], 1 - momentum)
     for mine, theirs in zip(teacher.buffers(), student.buffers()):
         mine.copy_(theirs)

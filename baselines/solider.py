@@ -44,7 +44,7 @@ prototypes · D width · S special tokens · R global crops with λ = 1 · H, W 
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
 
@@ -62,13 +62,14 @@ from baselines.parts import (
     Crops,
     Head,
     at_size,
+    check_local_crops,
     cosine_between,
+    mean_entropy,
     read_pictures,
     save,
     update_teacher,
 )
 from baselines.solider_parts import PARTS, part_labels, show_parts
-from common import UserError
 from data import Augmentation, PoseBatches
 from drawing.curves import draw_curves
 from formats.weights import load_into
@@ -127,7 +128,7 @@ KEYS = dict(
 def main():
     cfg = read_config(KEYS, __doc__)
     ranks = common.start_ranks(cfg.device, cfg.precision)
-    check(cfg)
+    check_local_crops(cfg)
     people, about = read_pictures(cfg)
     options = Augmentation(cfg.box_padding, cfg.region, cfg.crop_min, cfg.augmentation == "strong")
     small = (cfg.local_height, cfg.local_width), (cfg.local_min, cfg.local_max)
@@ -305,10 +306,10 @@ class Solider(nn.Module):
             mean = sum_over_ranks(target.mean(0)) / world_size()
             self.centre.lerp_(mean.to(self.centre.dtype), 1 - cfg.centre_momentum)
             right = (answers.detach().argmax(-1) == labels[on]) & kept[on].unsqueeze(1)
-            asked = (2 * kept[on].sum() * labels.shape[1]).clamp(min=1)
-            entropy = -(q * q.clamp(min=1e-30).log()).sum(-1).mean()
+            n_asked = (2 * kept[on].sum() * labels.shape[1]).clamp(min=1)
+            entropy = mean_entropy(q)
             out["health"] = dict(
-                teacher_entropy=entropy, kept=kept.float().mean(), right=right.sum() / asked
+                teacher_entropy=entropy, kept=kept.float().mean(), right=right.sum() / n_asked
             )
         # Eq.  L = L_DINO + L_sm
         out["total"] = out["dino"] + cfg.semantic_loss * out["semantic"]
@@ -380,15 +381,6 @@ def clip_each(parameters, largest):
     if largest:
         torch._foreach_mul_(gradients, [(largest / (n + 1e-6)).clamp(max=1) for n in norms])
     return torch.stack(norms).norm()
-
-
-def check(cfg):
-    """Settings that are valid one by one but not together."""
-    if cfg.local_crops and (cfg.local_height % cfg.patch or cfg.local_width % cfg.patch):
-        sides = f"local_height={cfg.local_height} and local_width={cfg.local_width}"
-        raise UserError(f"{sides} must be multiples of patch={cfg.patch}")
-    if cfg.local_min > cfg.local_max:
-        raise UserError(f"local_min={cfg.local_min} is above local_max={cfg.local_max}")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ Deviations:
   export      the student; where SynCLR's weights come from, its release does not say
 
 Legend: B pictures on this rank, M on all · P of a caption · l local crops · N patches, n of them
-masked in each of m pictures · K prototypes · D width · d width of the projection.
+masked in each of m pictures · S special tokens · K prototypes · D width · d of the projection.
 """
 
 import sys
@@ -248,7 +248,7 @@ class SynCLR(nn.Module):
         ibot = -(targets * F.log_softmax(cosines / self.tau_student, 1)).sum(1).mean()
 
         out = dict(total=mp + mp_local + self.gamma * ibot, mp=mp, mp_local=mp_local, ibot=ibot)
-        entropy = -(targets * targets.clamp(min=1e-30).log()).sum(1).mean()
+        entropy = parts.mean_entropy(targets)
         finite = tokens.detach().float().sum((1, 2)).isfinite()
         return out | dict(target_entropy=entropy, z=z.detach(), bad=~finite)
 
@@ -328,7 +328,7 @@ def draw_masks(cfg, grid, step, batch, ranks):
     noise = common.rank_noise((*key, 0), batch * ranks.world // P, P, ranks)  # a row: one caption
     few = noise.argsort(1)[:, : round(cfg.mask_share * P)]
     rows = (few + P * torch.arange(len(few), device=device)[:, None]).flatten()
-    columns = data.BLOCK_ROUNDS * data.BLOCK_TRIES * 4, N
+    columns = data.noise_parts(grid)[0], N
     noise = common.rank_noise((*key, 1), len(rows) * ranks.world, sum(columns), ranks)
     block, rest = noise.split(columns, 1)
     n = round(cfg.mask_ratio * N)
@@ -351,17 +351,13 @@ def build_model(cfg):
 
 def check(cfg):
     """Settings that are valid one by one but not together."""
-    if cfg.local_crops and (cfg.local_height % cfg.patch or cfg.local_width % cfg.patch):
-        sides = f"local_height={cfg.local_height} and local_width={cfg.local_width}"
-        raise UserError(f"{sides} must be multiples of patch={cfg.patch}")
+    parts.check_local_crops(cfg)
     if round(cfg.mask_share * cfg.pictures_per_caption) < 1:
         of = f"mask_share={cfg.mask_share} of pictures_per_caption={cfg.pictures_per_caption}"
         raise UserError(f"{of} masks no picture; raise it")
     N = cfg.height // cfg.patch * (cfg.width // cfg.patch)
     if round(cfg.mask_ratio * N) < 1:
         raise UserError(f"mask_ratio={cfg.mask_ratio} masks none of {N} patches; raise it")
-    if cfg.local_min >= cfg.local_max:
-        raise UserError(f"local_min={cfg.local_min} is not below local_max={cfg.local_max}")
 
 
 if __name__ == "__main__":

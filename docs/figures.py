@@ -161,10 +161,9 @@ def draw_architecture(path):
         axes.text(15.5, y + 7.6, name)
         show(axes, pictures[0], 89, y, ~mask, 0.93)
         arrow(axes, (72.6, y), (76, y))
-        arrow(axes, (84, y), (88.4, y))
     for x, picture in zip((0.9, 8.2, 15.5), pictures[1:]):
         show(axes, picture, x, three)
-    axes.text(1, three + 7.6, "others of the pose, masked too")
+    axes.text(1, three + 7.6, "others of the pose,\nmasked too (not shown)")
     box(axes, (27, 2, 8, 56), "ViT\n\nencoder:\nvisible\npatches\nalone", facecolor="#F2F2F2")
     for y in (one, two, three):
         arrow(axes, (22.8, y), (26.6, y))
@@ -174,10 +173,11 @@ def draw_architecture(path):
         box(axes, (54.5, y - 3, 9, 6), "[POSE]", BLUE)
         for i in range(6):
             corner = 65.2 + 2.3 * (i % 3), y + 0.3 - 2.4 * (i // 3)
-            axes.add_patch(Rectangle(corner, 1.7, 1.9, color="#888888", zorder=3))
+            axes.add_patch(Rectangle(corner, 1.7, 1.9, facecolor="white", edgecolor=INK, zorder=3))
     axes.text(39, one + 5.2, "tokens: [CLS], [POSE], visible patches")
     box(axes, (76.3, 20, 7.5, 38), "Decoder\n\nmask\ntokens\nfill the\ngaps", facecolor="#F2F2F2")
-    axes.text(92.5, 57.6, "masked patches", ha="center")
+    axes.text(92.5, 57.6, "target patches", ha="center")
+    arrow(axes, (84, middle), (86.3, middle), GREEN)
     for y, side in ((one, -1), (two, 1)):
         arrow(axes, (92.5, y + side * 7), (92.5, middle - side * 3.1), GREEN)
         arrow(axes, (45, y + side * 3), (45, middle - side * 4.1), RED)

@@ -235,7 +235,7 @@ def draw(result, path):
     figure = Figure(size, layout="constrained")
     for number, column in enumerate(columns, 1):
         axis = figure.add_subplot(down, across, number)
-        axis.set_title(f"{column['table']}: {column['task']}\n{column['metric']}", fontsize=9)
+        axis.set_title(f"{column['table']}: {column['task']}\n{column['metric']}, %", fontsize=9)
         for y, method in enumerate(methods):
             row = column["rows"].get(method)
             if row is None:
