@@ -22,6 +22,7 @@ Legend: n people of a picture · boxes x, y, w, h in px · joints are COCO's 17.
 import common  # first: Ctrl-C while the libraries load
 
 # isort: split
+import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +44,7 @@ from plumbing.chunks import (
     report,
 )
 from plumbing.config import MACHINE, Key, read_config
-from plumbing.pictures import load_picture, pictures_at
+from plumbing.pictures import as_bytes, load_picture, pictures_at
 from tasks.recognition import Captioner, Detector, PoseEstimator
 
 KEYS = dict(
@@ -81,13 +82,16 @@ def main():
 
     # Pictures and models: what can be wrong with them is found before the run folder is made.
     folder, names = listed_pictures(cfg.pictures)
+    if os.path.isdir(cfg.pictures) and out.resolve().is_relative_to(Path(folder).resolve()):
+        raise UserError(f"out={out} lies in pictures={folder}; its own would be taken for more")
+    as_bytes(folder, names)
     if cfg.limit:
         names = [names[i] for i in np.linspace(0, len(names) - 1, cfg.limit).round().astype(int)]
         names = list(dict.fromkeys(names))
     models = Models(cfg, ranks.device)
     if is_finished(common.open_run(cfg, KEYS, ranks), out, ranks):
         return
-    listed = "\n".join(names).encode(errors="surrogateescape")
+    listed = "\n".join(names).encode()
     check_same_inputs(out, {f"the list of {cfg.pictures}": listed}, ranks)
 
     def annotate(numbers):
@@ -181,17 +185,19 @@ def annotate_batch(cfg, models, names, batch):
     for i, number in enumerate(numbers):
         about = dict(file_name=names[number], size=pictures[i].size)
         for box, one in zip(boxes[i], joints.get(i, [])):
-            rows[number].append(about | annotation(cfg, box, one, captions[i]))
+            rows[number].append(about | annotation(cfg, box, one, captions[i], about["size"]))
         if not len(boxes[i]):
             rows[number] = [dict(picture=names[number], skipped="nobody, or too small")]
     return [row for one in rows.values() for row in one]
 
 
-def annotation(cfg, box, joints, caption):
-    """The fields of a person: box (5,) with its score, joints (17, 3) x, y px and score."""
+def annotation(cfg, box, joints, caption, size):
+    """The fields of a person: box (5,) with its score, joints (17, 3) x, y px and score; size
+    (w, h) of the picture."""
     # A joint below min_score is missing: its place is a guess. Its score stays, so that a reader
-    # may ask for more certainty later, not for less.
-    seen = joints[:, 2] >= cfg.min_score
+    # may ask for more certainty later, not for less. One beyond the picture is missing too [HAP].
+    inside = ((joints[:, :2] >= -0.5) & (joints[:, :2] < np.array(size) - 0.5)).all(1)
+    seen = (joints[:, 2] >= cfg.min_score) & inside
     points = np.concatenate([joints[:, :2], 2.0 * seen[:, None]], 1)
     x, y, w, h = (round(float(v), 2) for v in box[:4])
     row = person_row(points, [x, y, w, h], w * h)
@@ -208,7 +214,7 @@ def listed_pictures(path):
     if Path(path).suffix.lower() != ".txt":
         return pictures_at(path)
     names = [line.strip() for line in common.read_text(path).splitlines()]
-    names = list(dict.fromkeys(name for name in names if name))
+    names = list(dict.fromkeys(os.path.normpath(name) for name in names if name))
     if not names:
         raise UserError(f"pictures={path} lists no picture; write a path per line")
     outside = [name for name in names if Path(name).is_absolute() or ".." in Path(name).parts]

@@ -303,8 +303,9 @@ def report(cfg, model, test, ranks):
         print("\n".join(lines), file=sys.stderr)
         line = f"{out}: {shown(scores)}"
         if lonely:
-            line += f"; {', '.join(lonely)}: one class only in test, its missing class counts 0; "
-            line += f"without such attributes mA is {scores['mA_both']:.4f}"
+            line += f"; {', '.join(lonely)}: one class only in test, the missing one counts 0; "
+            left = scores["mA_both"]
+            line += "no attribute has both" if left is None else f"without these mA is {left:.4f}"
         print(line)
     common.barrier()
 

@@ -44,7 +44,7 @@ from formats.weights import ENCODER, build_encoder, meta_of, take_settings
 from model import normalize
 from plumbing.config import JOB, MACHINE, Key, check_job, read_config
 from tasks.features import TOKENS, ResizedPictures, feature_width, reads_pose, token_features
-from tasks.text import Bert, Pairs, Words, check_known, pad_tokens, ranking_loss, retrieval_metrics
+from tasks.text import Bert, Pairs, Words, not_learned, pad_tokens, ranking_loss, retrieval_metrics
 
 KEYS = dict(
     out=Key("runs/t2i", "run folder; for eval_only runs/t2i_eval, for predict runs/t2i_predict"),
@@ -343,11 +343,12 @@ def predict(cfg, ranks):
     """The pictures of a folder, best first for a sentence → ranking.json, ranking.png."""
     pictures = read_pictures(cfg.predict)
     model, text, _, about = build_model(cfg, None, ranks.device)
-    check_known(text, cfg.sentence)
+    if unread := ", ".join(not_learned(text, cfg.sentence)):
+        unread = f"; not in the training captions, so not read: {unread}"
     if common.open_run(cfg, KEYS, ranks) == "finished":
         return
     if ranks.rank == 0:
-        print(about, file=sys.stderr)
+        print(about + unread, file=sys.stderr)
     gallery = ResizedPictures(pictures, (cfg.height, cfg.width), range(len(pictures.files)))
     v = embed_pictures(cfg, model.to(ranks.device), gallery, ranks)
     t = embed_texts(cfg, model, text, [cfg.sentence], ranks)
@@ -358,11 +359,10 @@ def predict(cfg, ranks):
         rows = [{"image": names[i], "cosine": round(float(score[i]), 5)} for i in order]
         common.write_json(out / "ranking.json", {"sentence": cfg.sentence, "ranking": rows})
         found = [(None, [(gallery[i], None) for i in order[:10]])]
-        title = "Best guesses for a sentence"
+        title = "Best guesses for a sentence" + unread
         sheets.caption_sheet(found, [cfg.sentence], out / "ranking.png", title)
         common.finish_run(out)
-        best = f"{len(rows)} pictures, best {rows[0]['image']}"
-        print(f"wrote {out}/ranking.json ({best}), ranking.png")
+        print(f"wrote {out}/ranking.json, ranking.png; best of {len(rows)}: {names[order[0]]}")
     common.barrier()
 
 

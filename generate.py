@@ -189,11 +189,16 @@ def read_poses(cfg):
     small = ~few & ((people.boxes[:, 2:] * scale).min(1) < cfg.min_side)
     left_out = Counter({f"with fewer than {cfg.min_joints} joints": int(few.sum())})
     left_out[f"smaller than {cfg.min_side} px"] = int(small.sum())
-    left_out["with bad boxes"] = notes["bad_boxes"]
+    left_out |= {"with bad boxes": notes["bad_boxes"], "crowds": notes["crowds"]}
+    if notes["clipped"]:
+        about += f", {notes['clipped']} boxes cut to their picture"
     rows = np.flatnonzero(~few & ~small)[cfg.first_pose :][: cfg.poses or None]
     if len(rows) == 0:
         why = f"min_joints={cfg.min_joints}, min_side={cfg.min_side}; {about}"
         raise UserError(f"{cfg.annotations}: no person is left ({why})")
+    if people.annotation_id[rows].min() < 0:
+        why = "it would be a pose_id, and below 0 stands for no pose"
+        raise UserError(f"{cfg.annotations}: an annotation has an id below 0: {why}")
     return people, rows, +left_out, about
 
 
@@ -210,6 +215,7 @@ def plan_painting(cfg, people, rows, prompts, device):
     everybody = rows_by_picture(people, range(len(people.files)))
     prompts = prompts or read_prompts(cfg, list(wanted))
     pipe = diffusion.load_painter(cfg, device)
+    diffusion.say_cut(pipe.tokenizer, prompts)
     auditor = Auditor(cfg.audit_model, device) if cfg.audit == "vitpose" else None
 
     def make(ids):
@@ -236,8 +242,7 @@ class Source:
         self.pose_ids = people.annotation_id[rows].tolist()
         self.size = tuple(diffusion.painted_size(people.size[rows[0]], cfg.resolution).tolist())
         self.scale = np.array(self.size) / people.size[rows[0]]
-        # deviates from T2I-Adapter: its keypose annotator draws the first two people, we everyone,
-        # because everyone may be cropped.
+        # Everyone, because everyone may be cropped.
         draw, _ = CONDITIONS[cfg.backend, cfg.condition]
         self.condition = draw(self.moved(people.keypoints[everybody]), self.size)
         self.keypoints = self.moved(people.keypoints[rows])

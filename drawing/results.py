@@ -94,17 +94,20 @@ def attribute_chart(names, train_ratio, test_ratio, scores, path):
     """A row per attribute, best first: its mA, and how often it is true in train and in test.
 
     names: A texts; train_ratio, test_ratio, scores (A,) fractions. A bar begins at 50 %, which is
-    chance, and goes to the left, in orange, where the score is below.
+    chance, and goes to the left, in orange, where the score is below. An attribute that all test
+    pictures have, or none, comes last, without a bar: its mA is half of one class's rate.
     """
-    order, rows = np.argsort(-np.asarray(scores), kind="stable"), range(len(names))
-    scores = 100 * np.asarray(scores)[order]
+    both = (np.asarray(test_ratio) > 0) & (np.asarray(test_ratio) < 1)
+    order, rows = np.lexsort((-np.asarray(scores), ~both)), range(len(names))
+    both, scores = both[order], 100 * np.where(both, scores, 0.5)[order]
     figure = Figure((7, 0.8 + 0.22 * len(rows)), layout="constrained")
     axis = figure.add_subplot(xlim=(-15, 115), ylim=(len(rows) - 0.4, -0.6))
     axis.set_title("mA of each attribute (%)", loc="left")
     axis.set_title("true in train, in test (%)", loc="right", fontsize="medium")
     colours = np.where(scores[:, None] < 50, OVERLAY_LEFT, OVERLAY_RIGHT) / 255
     bars = axis.barh(rows, scores - 50, left=50, color=colours)
-    axis.bar_label(bars, [f"{score:.1f}" for score in scores], padding=3)
+    texts = [f"{s:.1f}" if own else "one class in test" for s, own in zip(scores, both)]
+    axis.bar_label(bars, texts, padding=3)
     axis.axvline(50, color="black")
     names = [wrapped(names[a], font(12), 150, 1)[0] for a in order]
     axis.set_yticks(rows, names, parse_math=False)  # a name may hold two $
@@ -136,7 +139,7 @@ def attribute_sheet(images, names, probabilities, labels, path):
             parts.append((f"wrong ({len(wrong)})", wrong, ORANGE))
         cards.append(_card(as_picture(image), names, p, parts))
     rows = [cards[i : i + 4] for i in range(0, len(cards), 4)]
-    title = "Most confident attributes, right and wrong"
+    title = "Right answers (positives first) and wrong ones, the surest first"
     if labels is None:
         title = "Guessed attributes: the surest and the least sure"
     sheet(rows, path, title=title)

@@ -56,8 +56,9 @@ def draw_keypose(people, size):
         xy, seen = _joints(person)
         for j in np.flatnonzero(seen):
             _dot(draw, xy[j], 2, KEYPOSE_JOINTS[j])
+        inside = seen & ((xy >= 1) & (xy < size)).all(1)
         for a, b, colour in KEYPOSE_LINKS:
-            if seen[a] and seen[b]:
+            if inside[a] and inside[b]:
                 draw.line([tuple(xy[a].astype(int)), tuple(xy[b].astype(int))], colour, 3)
     return canvas
 

@@ -229,17 +229,20 @@ def correspondence_sheet(images, patches, keypoints, joints, path):
         glow = F.interpolate(cosine[:, None], size[::-1], mode="bicubic", align_corners=False)[:, 0]
         low, high = cosine.amin((1, 2), keepdim=True), cosine.amax((1, 2), keepdim=True)
         glow = ((glow - low) / (high - low).clamp(min=1e-6)).clamp(0, 1).numpy()
-        hits = 0
+        hits, chance = 0, 0.0
         for i in range(M):
             row, column = divmod(int(cosine[i].argmax()), w)
-            hits += i > 0 and abs(cells[i] - (column, row)).max() <= 1
+            if i > 0:
+                hits += abs(cells[i] - (column, row)).max() <= 1
+                near = np.minimum(cells[i] + 1, (w - 1, h - 1)) - np.maximum(cells[i] - 1, 0) + 1
+                chance += near.prod() / (w * h)
             square = np.array([column, row, column + 1, row + 1]) * patch * zoom
             text = f"{cosine[i].max():.2f}" if i else ""
             cell = marked(heated(shown[i], glow[i]), square, spots[i, c] * zoom, text)
             rows[i].append(cell)
-        heads.append(f"{c + 1} {ASKED[joint]}\n{hits} of {M - 1} found")
+        heads.append(f"{c + 1} {ASKED[joint]}\n{hits} of {M - 1}, chance {chance:.1f}")
     title = "Which patch is most like the one under a joint of the query? "
-    title += "Square: that patch; ring: the joint itself. Found: on its patch or beside it"
+    title += "Square: that patch; ring: the joint itself. Counted: on its patch or beside it"
     labels = ["query"] + [f"other {i}" for i in range(1, M)]
     sheet(rows, path, labels, heads, title, (*size, 70))
 

@@ -391,9 +391,8 @@ def report(cfg, work, methods, tasks, rates, earlier):
     common.write_atomic(work.out / "table.md", lambda part: part.write_text(text))
     tables.draw(result, work.out / "table.png")
     print(text)
-    for name, why in work.failed.items():
-        print(f"failed: {name}: {why}", file=sys.stderr)
     print(f"wrote {work.out}/table.md, table.json, table.png")
+    tables.say_failed(work.failed, columns)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Legend: a column is one metric of one task; values: {method: {seed: fraction}}.
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,14 @@ def markdown(result):
     return "\n".join(lines)
 
 
+def say_failed(failed, columns):
+    """failed: {cell: why}. UserError where it leaves no figure in any column."""
+    for name, why in failed.items():
+        print(f"failed: {name}: {why}", file=sys.stderr)
+    if failed and not any(column["rows"] for column in columns):
+        raise UserError(f"no cell gave a figure: {len(failed)} failed, as said above")
+
+
 def head(names):
     return ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
 
@@ -246,6 +255,8 @@ def draw(result, path):
             axis.plot([100 * row["mean"]], [y], "o", color=colour, markersize=5)
             if row["low"] is not None:
                 axis.plot([100 * row["low"], 100 * row["high"]], [y, y], color=colour)
+        if not column["rows"]:
+            axis.text(0.5, 0.5, "no figure", transform=axis.transAxes, ha="center", va="center")
         axis.set_yticks(range(len(methods)), methods if (number - 1) % across == 0 else [])
         axis.set_ylim(len(methods) - 0.5, -0.5)
         axis.tick_params(labelsize=8)

@@ -221,6 +221,8 @@ def read_csv(cfg, path):
     first, *names = lines[0][1] if lines else [None]
     if first != "image" or not names:
         raise UserError(f"{path} must start with the line `image,attribute,...`")
+    if "" in names or len(set(names)) < len(names):
+        raise UserError(f"{path} names an attribute twice, or one not at all: {', '.join(names)}")
     folder = Path(cfg.images) if cfg.images else Path(path).parent
     files, labels = [], []
     for number, line in lines[1:]:

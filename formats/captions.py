@@ -52,6 +52,10 @@ def read_captions(path, folder=None, leave_out=(), trainval=False):
             # A text would be taken for a list of letters, "1" and 1 for two people.
             if not isinstance(entry["captions"], list) or type(entry["id"]) is not int:
                 raise ValueError("captions must be a list of texts, id a whole number")
+            if entry["split"] not in rows:
+                raise ValueError(f"its split is {entry['split']!r:.40}, not train, val or test")
+            if not all(isinstance(text, str) for text in entry["captions"]):
+                raise ValueError("captions must be a list of texts")
             if not entry["captions"] or not all(text.strip() for text in entry["captions"]):
                 raise ValueError(f"{name} has an empty caption or none; remove it or write one")
             rows[entry["split"]].append((str(Path(folder) / name), entry["id"], entry["captions"]))

@@ -50,7 +50,8 @@ def read_people(annotations, folder=None, limits=Limits()):  # noqa: B008  a tup
     that names the first. Pictures listed with width and height swapped, as in CrowdPose's old
     files, keep their own size.
     → (People, {"bad": [names left out], "bad_boxes": people left out, "turned": pictures listed
-    with sides swapped, "clipped": boxes cut to their picture, "scores": it holds scores}).
+    with sides swapped, "clipped": boxes cut to their picture, "crowds": such rows left out,
+    "scores": it holds scores}).
     Raises UserError: not such a file, ids that do not match or stand twice, a wrong keypoint count,
     a number that is not finite, a visibility that is none, nobody left.
     """
@@ -70,10 +71,12 @@ def read_people(annotations, folder=None, limits=Limits()):  # noqa: B008  a tup
         people, turned, bad = check_pictures(people, path)
     people = leave_out(people, bad, path, limits)
     people, clipped, bad_boxes = clip_boxes(people, path, limits)
+    crowds = int((rows["iscrowd"] != 0).sum())
     if not len(people.files):
         why = f"crowds, people with fewer than {limits.min_joints} joint(s) or without a picture"
         raise UserError(f"{path}: all of its {len(keep)} annotations are {why}; look at the file")
     notes = {"bad": [name for name, _ in bad], "bad_boxes": bad_boxes, "turned": turned}
+    notes["crowds"] = crowds
     return people, notes | {"clipped": clipped, "scores": scores}
 
 
@@ -115,7 +118,7 @@ def flat_columns(path, place):
     rows |= {"file": [], "size": array("q")}
 
     def take(entry):
-        if "image_id" in entry:
+        if "image_id" in entry and ("bbox" in entry or "category_id" in entry):
             place.at = f"annotation {entry.get('id')!r:.40}"
             rows["id"].append(whole(entry["id"]))
             box, points = entry["bbox"], entry.get("keypoints") or []
@@ -130,7 +133,7 @@ def flat_columns(path, place):
             rows["iscrowd"].append(whole(entry.get("iscrowd", 0)))
             rows["category_id"].append(whole(entry.get("category_id", -1)))
             rows["num_keypoints"].append(whole(entry.get("num_keypoints", -1)))
-        elif "file_name" in entry:
+        elif "file_name" in entry and "width" in entry:
             place.at = f"image {entry.get('id')!r:.40}"
             number = whole(entry["id"])
             if number in images:
@@ -146,14 +149,14 @@ def flat_columns(path, place):
         document = json.load(file, object_hook=take)
     if not isinstance(document, dict):
         raise ValueError("it holds no lists `images`, `annotations`, `categories`")
-    for name, key, count in (
-        ("images", "file_name", len(rows["file"])),
-        ("annotations", "image_id", len(rows["id"])),
+    for name, keys, count in (
+        ("images", '"file_name" or "width"', len(rows["file"])),
+        ("annotations", '"image_id" or "bbox"', len(rows["id"])),
     ):
         left = document[name]  # `take` leaves None of what it took
         if not isinstance(left, list) or len(left) != count or any(e is not None for e in left):
             odd = next((entry for entry in left if entry is not None), left)
-            raise ValueError(f'an entry of "{name}" lacks "{key}": {odd!r:.80}')
+            raise ValueError(f'an entry of "{name}" lacks {keys}: {odd!r:.80}')
     return images, rows, document
 
 
@@ -293,12 +296,16 @@ def clip_boxes(people, path, limits):
 
 
 def read_image_captions(path):
-    """COCO captions JSON → {image id: its captions, in order of their ids}."""
+    """COCO captions JSON → {image id: its captions, in order of their ids}. Empty ones do not
+    count."""
     captions = {}
-    with reading(path, "COCO captions"):
+    with reading(path, "COCO captions") as place:
         for row in read_json(path)["annotations"]:
-            told = whole(row["id"]), str(row["caption"]).strip()
-            captions.setdefault(whole(row["image_id"]), []).append(told)
+            place.at = f"annotation {row['id']!r:.40}"
+            if not isinstance(row["caption"], str):
+                raise ValueError(f"its caption is {row['caption']!r:.40}, not a text")
+            if text := row["caption"].strip():
+                captions.setdefault(whole(row["image_id"]), []).append((whole(row["id"]), text))
     return {image: [text for _, text in sorted(told)] for image, told in captions.items()}
 
 

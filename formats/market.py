@@ -156,10 +156,14 @@ def one_higher(part):
 
 
 def check_matches(query, gallery):
-    """UserError where no query has a gallery picture of its person by another camera."""
+    """UserError where no query has a gallery picture of its person by another camera, or where the
+    gallery shows nobody else."""
     seen_by = {}  # person of the gallery → the cameras
     for person, camera in zip(gallery.ids.tolist(), gallery.cameras.tolist()):
         seen_by.setdefault(person, set()).add(camera)
+    if len(set(seen_by) - {-1}) == 1:
+        one = f"{gallery.folder} shows one person"
+        raise UserError(f"{one}: no query can find another one; two people are needed")
     for person, camera in zip(query.ids.tolist(), query.cameras.tolist()):
         if seen_by.get(person, set()) - {camera}:
             return

@@ -103,7 +103,7 @@ def measured(people, path, limits):
         raise UserError(f"{path}: none of its pictures can be read; look at the files")
     size = np.array([sizes[name] for name in people.files.tolist()], np.int32)
     notes = {"bad": [name for name, _ in bad], "bad_boxes": 0, "turned": 0, "clipped": 0}
-    return people._replace(size=size), notes | {"scores": False}
+    return people._replace(size=size), notes | {"crowds": 0, "scores": False}
 
 
 def leave_out(people, bad, path, limits):

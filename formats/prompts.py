@@ -16,6 +16,10 @@ from plumbing.seeds import PROMPT, rng_of
 
 def check_prompts(cfg, keys):
     """What single keys cannot say about a generator of pictures from text. keys: generate.py's."""
+    for name in ("height", "width", "parts"):
+        if getattr(cfg, name) != keys[name].default:
+            ours = "resolution= sets its sides, and it draws no parts"
+            raise UserError(f"backend={cfg.backend} takes no {name}=: {ours}; leave it out")
     if cfg.backend == "text":
         for name in ("annotations", "adapter", "audit"):
             if getattr(cfg, name) != keys[name].default:

@@ -5,7 +5,9 @@ which of the painted pictures are refused. `cfg` is generate.py's config.
 """
 
 import contextlib
+import os
 import re
+import sys
 import warnings
 from functools import partial
 from pathlib import Path
@@ -61,6 +63,16 @@ def load_painter(cfg, device):
     pipe.vae.enable_slicing()
     torch.backends.cudnn.deterministic = True
     return pipe.to(device, precision(cfg, device))
+
+
+def say_cut(tokenizer, prompts):
+    """A line on stderr where prompts, {image id: text}, are longer than the text encoder reads."""
+    longest, texts = tokenizer.model_max_length, list(prompts.values())
+    ids = tokenizer(texts).input_ids
+    long = [text for text, own in zip(texts, ids) if len(own) > longest]
+    if long and os.environ.get("RANK", "0") == "0":
+        what = f"{len(long)} of {len(texts)} prompts are cut after {longest - 2} tokens"
+        print(f"{what}, e.g. “{long[0]:.60} …”", file=sys.stderr)
 
 
 def check_family(cfg, unet, adapter):

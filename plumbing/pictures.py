@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,15 +27,20 @@ def picture_names(folder, below=False):
     """Sorted names of the picture files in a folder (below: and in its folders and tar files);
     UserError where there are none."""
     if not Path(folder).is_dir():
+        if Path(folder).exists():
+            raise UserError(f"{folder} is no folder, and no picture ({', '.join(SUFFIXES)})")
         raise UserError(f"no folder {folder}; check the keys that name folders")
     names = names_below(folder) if below else os.listdir(folder)
-    shards = [name for name in names if name.endswith(".tar") and (Path(folder) / name).is_file()]
+    shards = [n for n in names if n.lower().endswith(".tar") and not (Path(folder) / n).is_dir()]
     names = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
     # With loose pictures beside or below it, a tar is often the download that held them: they would
     # count twice.
     loose = {parent for name in names for parent in Path(name).parents}
     for tar in shards if below else ():
-        if Path(tar).parent not in loose:
+        if Path(tar).parent in loose:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{folder}/{tar} is not read: it lies with loose pictures", file=sys.stderr)
+        else:
             inside = tars.member_names(os.path.join(folder, tar))
             names += [f"{tar}/{name}" for name in inside if is_picture(name)]
     if not names:

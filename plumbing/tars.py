@@ -35,7 +35,7 @@ class Members(NamedTuple):
 def split(path):
     """→ (path of the tar, name inside), or None where the path leads through no tar."""
     path, end = os.fspath(path), 0
-    while (end := path.find(".tar/", end) + 5) > 4:
+    while (end := path.lower().find(".tar/", end) + 5) > 4:
         if not os.path.isdir(path[: end - 1]):  # folders may have such names
             return path[: end - 1], path[end:]
     return None

@@ -30,9 +30,10 @@ LSP = [R_ANK, R_KNE, R_HIP, L_HIP, L_KNE, L_ANK, R_WRI, R_ELB, R_SHO, L_SHO, L_E
 def coco17(people):
     """formats.coco.People of any joint set → the same people with COCO's seventeen.
 
-    By name: what the set lacks is missing. LSP's set also gives a face, see lsp_to_coco.
+    By name: what the set lacks is missing. LSP's set, which names no joint of the face, also gives
+    a face, see lsp_to_coco.
     """
-    if set(LSP_JOINTS) <= set(people.joints):
+    if set(LSP_JOINTS) <= set(people.joints) and not set(COCO_JOINTS[:5]) & set(people.joints):
         columns = [people.joints.index(name) for name in LSP_JOINTS]
         points = lsp_to_coco(people.keypoints[:, columns]).astype(np.float32)
     else:

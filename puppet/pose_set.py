@@ -27,7 +27,8 @@ KEYS = dict(
     workers=Key(0, "puppet: drawing processes; 0: this one", low=0, may_change=True),
 )
 
-NOT_OURS = "captions prompt_template prompt_file negative_prompt model adapter condition audit"
+NOT_OURS = "captions prompt_template prompt_file negative_prompt model adapter condition audit "
+NOT_OURS += "adapter_weight resolution scheduler steps guidance retries audit_model audit_threshold"
 
 
 def check(cfg, keys):

@@ -70,7 +70,8 @@ def attribute_metrics(probabilities, labels):
     pictures of |yes ∩ right| over |yes ∪ right|, |yes|, |right|; f1 of the mean precision and
     recall. 0/0 counts 0, as in the reference code: an attribute without a positive (or negative)
     test picture has TPR (TNR) 0 and so mA at most .5. It stays in mA, to be comparable; `mA_both`
-    leaves it out. Per attribute (A,): tpr, tnr, attribute_mA, positive_ratio, both (bool).
+    leaves it out (None where nothing is left). Per attribute (A,): tpr, tnr, attribute_mA,
+    positive_ratio, both (bool).
     Raises UserError for tables of other shapes, and for probabilities that are not finite.
     """
     p, y = as_table(probabilities), as_table(labels)
@@ -94,7 +95,7 @@ def attribute_metrics(probabilities, labels):
         "precision": float(precision),
         "recall": float(recall),
         "f1": float(2 * precision * recall / max(precision + recall, 1e-20)),
-        "mA_both": float(per_attribute[both].mean()) if both.any() else 0.0,
+        "mA_both": float(per_attribute[both].mean()) if both.any() else None,
         "tpr": tpr,
         "tnr": tnr,
         "attribute_mA": per_attribute,

@@ -130,7 +130,9 @@ def coco_metrics(document, results, sigmas, bad_images=()):
     if not results:
         return dict.fromkeys([*names, *(f"AP_crowd_{level}" for level in levels)], 0.0)
     truth = COCO()
-    truth.dataset = document
+    # pycocotools takes a match with an annotation of id 0 for none. Nobody asks for these ids.
+    rows = [row | {"id": n} for n, row in enumerate(document["annotations"], 1)]
+    truth.dataset = document | {"annotations": rows}
 
     def figures(ids):
         evaluation = COCOeval(truth, found, "keypoints")

@@ -5,13 +5,10 @@ Each takes a hub id or a folder; UserError where it does not load. Legend: n peo
 boxes are x, y, w, h px of their picture.
 """
 
-import sys
-from functools import partial
-
 import numpy as np
 import torch
 
-from plumbing.diffusion import from_folder_or_hub, lacking
+from plumbing.diffusion import from_folder_or_hub, whole_model
 from plumbing.errors import UserError
 
 
@@ -21,14 +18,9 @@ def loaded(kind, name, key):
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    load = getattr(transformers, kind).from_pretrained
     if kind.endswith("Processor"):  # holds no tensors
-        return from_folder_or_hub(name, key, load)
-    model, found = from_folder_or_hub(name, key, partial(load, output_loading_info=True))
-    if missing := lacking(found):
-        what = f"{key}={name} lacks {missing}, now drawn at random"
-        print(f"warning: {what}; is the file cut off?", file=sys.stderr)
-    return model
+        return from_folder_or_hub(name, key, getattr(transformers, kind).from_pretrained)
+    return whole_model(name, key, getattr(transformers, kind))
 
 
 class PoseEstimator:

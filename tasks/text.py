@@ -26,11 +26,17 @@ from tasks.ranking import evaluate_features
 # ------------------------------------------------------------------------------------ text → tokens
 
 
-def check_known(text, sentence):
-    """UserError for a sentence without a known word: all such have the same feature."""
-    if isinstance(text, Words) and not any(word in text.ids for word in split_words(sentence)):
+def not_learned(text, sentence):
+    """The words of a sentence that were not learned. UserError where all are such: then all
+    sentences have the same feature."""
+    if not isinstance(text, Words):  # BERT reads words in pieces
+        return []
+    words = split_words(sentence)
+    unknown = [word for word in words if word not in text.ids]
+    if len(unknown) == len(words):
         few = ", ".join(text.words[:8])
         raise UserError(f'no word of "{sentence}" was in the training captions, which have {few} …')
+    return list(dict.fromkeys(unknown))
 
 
 class Words:

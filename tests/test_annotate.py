@@ -110,7 +110,7 @@ def test_whole_pictures(models, photographs, tmp_path, monkeypatch):
     model = transformers.VitPoseForPoseEstimation.from_pretrained(models / "vitpose").eval()
     processor = transformers.AutoImageProcessor.from_pretrained(models / "vitpose")
     names = {image["id"]: image["file_name"] for image in written["images"]}
-    seen, hidden = 0, 0
+    seen, hidden, beyond = 0, 0, 0
     for row in written["annotations"]:
         picture = Image.open(photographs / names[row["image_id"]]).convert("RGB")
         assert row["bbox"] == [0, 0, *picture.size]
@@ -120,12 +120,15 @@ def test_whole_pictures(models, photographs, tmp_path, monkeypatch):
         found = processor.post_process_pose_estimation(output, boxes=boxes)[0][0]
         np.testing.assert_allclose(row["keypoint_scores"], found["scores"], atol=2e-4)
         points = np.reshape(row["keypoints"], (17, 3))
-        sure = found["scores"].numpy() >= middle
+        xy = found["keypoints"].numpy()
+        inside = ((xy >= -0.5) & (xy < np.array(picture.size) - 0.5)).all(1)
+        beyond += (~inside).sum()
+        sure = (found["scores"].numpy() >= middle) & inside
         np.testing.assert_array_equal(points[:, 2], 2 * sure)
-        np.testing.assert_allclose(points[sure, :2], found["keypoints"].numpy()[sure], atol=0.02)
+        np.testing.assert_allclose(points[sure, :2], xy[sure], atol=0.02)
         assert not points[~sure].any()  # COCO: a missing joint is 0, 0, 0
         seen, hidden = seen + sure.sum(), hidden + (~sure).sum()
-    assert seen > 10 and hidden > 10
+    assert seen > 10 and hidden > 10 and beyond > 10
     # What the other stages read.
     people, notes = read_people(out / "annotations.json", photographs, Limits())
     assert len(people.files) == len(SIZES) and not notes["scores"] and not notes["bad"]
@@ -269,28 +272,41 @@ def test_ranks_and_a_kill_change_nothing(models, photographs, tmp_path, monkeypa
         (dict(pose_model="nowhere/x y"), "pose_model="),
         (dict(detector="VITPOSE"), "detector="),
         (dict(captions="model", caption_model="VITPOSE"), "caption_model="),
+        (dict(out="PHOTOGRAPHS/a"), "out=.* lies in pictures="),
+        (dict(pictures=__file__), "is no folder, and no picture"),
     ],
 )
 def test_refusals(models, photographs, tmp_path, monkeypatch, more, message):
     more = {k: models / "vitpose" if v == "VITPOSE" else v for k, v in more.items()}
+    more = {k: str(v).replace("PHOTOGRAPHS", str(photographs)) for k, v in more.items()}
+    more = dict(out=tmp_path / "a") | more
     with pytest.raises(UserError, match=message):
-        run(monkeypatch, arguments(models, photographs, tmp_path / "a", **more))
+        run(monkeypatch, arguments(models, photographs, **more))
+    assert not os.path.exists(more["out"])
+
+
+def test_a_name_that_is_no_utf_8_is_refused_at_the_start(models, tmp_path, monkeypatch):
+    """No list could hold it, and millions of pictures would be looked at before that shows."""
+    (tmp_path / "p").mkdir()
+    for name in (b"a.png", b"caf\xe9.png"):
+        Image.new("RGB", (20, 40)).save(open(os.path.join(os.fsencode(tmp_path / "p"), name), "wb"))
+    with pytest.raises(UserError, match="this name is not UTF-8"):
+        run(monkeypatch, arguments(models, tmp_path / "p", tmp_path / "a"))
     assert not (tmp_path / "a").exists()
 
 
-def test_a_model_that_lacks_tensors_is_named(models, tmp_path, capsys):
+def test_a_model_that_lacks_tensors_is_refused(models, tmp_path):
     """transformers fills them at random, and says so only to those who ask."""
     from tasks.recognition import loaded
 
     folder = shutil.copytree(models / "vitpose", tmp_path / "cut")
     kind = "VitPoseForPoseEstimation"
     loaded(kind, str(folder), "pose_model")
-    assert not capsys.readouterr().err
     weights = load_file(folder / "model.safetensors")
     del weights["head.conv.weight"]
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    loaded(kind, str(folder), "pose_model")
-    assert "lacks head.conv.weight, now drawn at random" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"pose_model=.*cut lacks head.conv.weight of a {kind}"):
+        loaded(kind, str(folder), "pose_model")
 
 
 def test_a_finished_run_is_left_alone(models, photographs, tmp_path, monkeypatch, capsys):

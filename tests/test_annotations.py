@@ -1,5 +1,6 @@
 """The reader of COCO keypoint files: joints however they are spelt, scores, spoilt documents."""
 
+import json
 import math
 
 import numpy as np
@@ -218,3 +219,18 @@ def test_real_sets(data_root):
     assert sample["image"].shape == (3, 256, 128) and (sample["keypoints"][:, 2] > 0).sum() > 5
     coco, _ = read_people(data_root / "coco/person_keypoints.json", limits=Limits(min_joints=1))
     assert 0 < len(coco.files) < 309
+
+
+def test_other_fields_may_be_objects_and_crowds_are_counted(tmp_path):
+    """An object within an annotation is none itself, whatever its fields are called."""
+    path = write_set(tmp_path)
+    whole, notes = read_people(path)
+    assert notes["crowds"] == 0
+    document = json.loads(path.read_text())
+    document["info"] = dict(image_id=3, file_name="x")
+    document["images"][1]["image_id"] = 7
+    document["annotations"][2]["source"] = dict(file_name="y.jpg", image_id=9)
+    document["annotations"][3]["iscrowd"] = 1
+    path.write_text(json.dumps(document))
+    people, notes = read_people(path)
+    assert notes["crowds"] == 1 and len(people.files) == len(whole.files) - 1

@@ -45,6 +45,11 @@ def test_metrics_equal_loops_with_lonely_attributes_and_empty_pictures(seed):
     assert as_tensors["mA"] == got["mA"] and as_tensors["f1"] == got["f1"]
 
 
+def test_attributes_of_one_class_alone_leave_no_mean():
+    got = attribute_metrics(np.array([[0.9, 0.2]]), np.array([[1, 0]]))
+    assert got["mA"] == 0.5 and got["mA_both"] is None and not got["both"].any()
+
+
 def test_metrics_equal_scikit_learn():
     rng = np.random.default_rng(9)
     p, y = rng.random((60, 5)), (rng.random((60, 5)) < 0.5).astype(int)

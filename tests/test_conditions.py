@@ -13,6 +13,7 @@ from PIL import Image
 
 import generate
 from drawing import grids, skeletons
+from formats.joints import COCO_JOINTS
 from plumbing.errors import UserError
 
 # ----------------------------------------------------------------------------------------- drawings
@@ -75,6 +76,39 @@ def test_conditions_look_as_their_networks_were_trained():
         assert shared > 0.9 and 0.95 < lit < 1.05 and same > 0.9, (name, shared, lit, same)
     other = skeletons.draw_openpose(people, (200, 280))
     assert compare(other, reference[1])[2] < 0.88  # the two openposes differ
+
+
+# As published: T2I-Adapter's ldm/modules/structure_condition/utils.py, whose colours are BGR, and
+# openpose/util.py of T2I-Adapter and of ControlNet, whose limbs count from 1.
+LINKS = "15-13 13-11 16-14 14-12 11-12 5-11 6-12 5-6 5-7 6-8 7-9 8-10 1-2 0-1 0-2 1-3 2-4 3-5 4-6"
+B, L, R = (51, 153, 255), (0, 255, 0), (255, 128, 0)
+LINK_COLOURS = [L, L, R, R, B, B, B, B, L, R, L, R, B, B, B, B, B, B, B]
+LIMBS = "2-3 2-6 3-4 4-5 6-7 7-8 2-9 9-10 10-11 2-12 12-13 13-14 2-1 1-15 15-17 1-16 16-18"
+ORDER = "nose neck right_shoulder right_elbow right_wrist left_shoulder left_elbow left_wrist "
+ORDER += "right_hip right_knee right_ankle left_hip left_knee left_ankle right_eye left_eye "
+ORDER += "right_ear left_ear"
+RAINBOW = [(255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0)]
+RAINBOW += [(0, 255, 0), (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255)]
+RAINBOW += [(0, 0, 255), (85, 0, 255), (170, 0, 255), (255, 0, 255), (255, 0, 170), (255, 0, 85)]
+
+
+def test_joints_limbs_and_colours_are_the_published_ones():
+    assert [colour[::-1] for colour in skeletons.KEYPOSE_JOINTS] == [B] * 5 + [L, R] * 6
+    links = [([a, b], colour[::-1]) for a, b, colour in skeletons.KEYPOSE_LINKS]
+    published, limbs = ([[int(j) for j in link.split("-")] for link in text.split()]
+                        for text in (LINKS, LIMBS))  # fmt: skip
+    assert links == list(zip(published, LINK_COLOURS))
+    assert [list(link) for link in skeletons.OPENPOSE_LINKS] == limbs
+    assert skeletons.OPENPOSE_COLOURS == RAINBOW
+    names = [None if name == "neck" else COCO_JOINTS.index(name) for name in ORDER.split()]
+    assert skeletons.OPENPOSE_FROM_COCO == names
+
+
+def test_a_link_that_leaves_the_picture_is_not_drawn():
+    """As T2I-Adapter's annotator; the joint that is inside is."""
+    keypoints = np.zeros((17, 3))
+    keypoints[[5, 7]] = [[30, 30, 2], [-20, 30, 2]]
+    assert np.asarray(skeletons.draw_keypose([keypoints], (64, 64))).any(2).sum() == 13
 
 
 def test_overlay_and_sheet(tmp_path):

@@ -76,7 +76,10 @@ def test_the_square_is_the_most_similar_patch_and_found_is_counted(tmp_path, mon
     images = torch.zeros(5, 3, h * p, w * p, dtype=torch.uint8)
     training.correspondence_sheet(images, patches, keypoints, [0, 14], tmp_path / "x.png")
     rows, _, _, heads, _, size = sheets[0]
-    assert heads == ["picture", "1 nose\n4 of 4 found", "2 right knee\n3 of 4 found"]
+    # By chance: the patches from which a joint is one or none away, of 32, over the four others.
+    nose = f"1 nose\n4 of 4, chance {(6 + 6 + 4 + 4) / 32:.1f}"
+    right_knee = f"2 right knee\n3 of 4, chance {(9 + 9 + 9 + 6) / 32:.1f}"
+    assert heads == ["picture", nose, right_knee]
     zoom = size[1] / (h * p)
     for i, (_, square, _, _) in enumerate(cells[5:]):  # the knees
         assert np.allclose(square, np.array([2, i + 1, 3, i + 2]) * p * zoom)

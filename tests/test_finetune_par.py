@@ -82,6 +82,8 @@ def test_bad_annotation_is_one_clear_line(tmp_path, people):
         ("image,red\na.png\n", "line 2"),
         ("image,red\n\na.png,1\na.png,²\n", "line 4"),
         ("red\n1\n", "must start with"),
+        ("image,red,red\na.png,1,1\n", "names an attribute twice, or one not at all: red, red"),
+        ("image,red,\na.png,1,1\n", "names an attribute twice, or one not at all"),
         ("", "must start with"),
         ("image,red\n", "a split is empty"),
     ):
@@ -247,6 +249,24 @@ def test_a_sheet_without_truth_calls_guesses_guesses(tmp_path, monkeypatch):
     drawn.clear()
     sheets.attribute_sheet([picture], ["hat", "bag"], p, np.array([[1, 1]]), tmp_path / "b.png")
     assert {"right (1)", "wrong (1)"} <= set(drawn) and not any("uess" in t for t in drawn)
+
+
+def test_an_attribute_of_one_class_has_no_bar_and_comes_last(tmp_path, monkeypatch):
+    drawn = []
+
+    class Kept(sheets.Figure):
+        def __init__(self, *size, **style):
+            super().__init__(*size, **style)
+            drawn.append(self)
+
+    monkeypatch.setattr(sheets, "Figure", Kept)
+    names, test = ["always", "hat", "bag"], [1.0, 0.5, 0.25]
+    sheets.attribute_chart(names, [0.5] * 3, test, [0.5, 0.4, 0.9], tmp_path / "a.png")
+    (axis, *_) = drawn[0].axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["bag", "hat", "always"]
+    labels = [text.get_text() for text in axis.texts]
+    assert labels == ["90.0", "40.0", "one class in test"]
+    assert [round(bar.get_width(), 6) for bar in axis.patches] == [40, -10, 0]
 
 
 def test_settings_that_do_not_fit_are_refused(people, tmp_path, monkeypatch):

@@ -45,7 +45,15 @@ def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "thesis.txt").write_text("mine")
+    below = tmp_path / "below.json"
+    below.write_text(json.dumps({**good, "annotations": [{**good["annotations"][0], "id": -5}]}))
     cases = [
+        ([f"annotations={below}"], "an annotation has an id below 0"),
+        (["poses=2", "steps=9"], "takes no steps"),
+        (["poses=2", "resolution=1024"], "takes no resolution"),
+        (["poses=2", "audit_threshold=0.9"], "takes no audit_threshold"),
+        (arguments(tiny, height=99), "backend=t2i_adapter takes no height="),
+        (arguments(tiny, parts="true"), "backend=t2i_adapter takes no parts="),
         (["poses=0"], "poses="),
         (["poses=2", "pictures_per_pose=0"], "pictures_per_pose"),
         (["poses=2", "backend=midjourney"], "t2i_adapter"),
@@ -74,7 +82,7 @@ def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch):
             [f"annotations={tmp_path / 'beside.json'}", "parts=true"],
             "nobody of 2 people can be drawn (too few joints",
         ),
-        ([f"annotations={tiny / 'captions.json'}"], "as COCO people: 'bbox' is missing"),
+        ([f"annotations={tiny / 'captions.json'}"], '"annotations" lacks "image_id" or "bbox"'),
         (
             [f"annotations={tiny / 'poses.json'}", "min_joints=17", "min_side=9999"],
             "no person is left",

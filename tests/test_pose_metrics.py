@@ -16,14 +16,15 @@ from tasks import pose_metrics as metrics
 FLAT = np.full(17, 0.05)  # equal σ: with area 10,000 px² OKS = exp(−d² / 200)
 
 
-def coco_case(truths, predictions):
-    """truths: [(image, keypoints (17, 3))], predictions: [(image, xy (17, 2), score)]."""
+def coco_case(truths, predictions, first=1):
+    """truths: [(image, keypoints (17, 3))], predictions: [(image, xy (17, 2), score)]; ids from
+    `first` on."""
     images = [{"id": i, "width": 500, "height": 500} for i in (1, 2)]
     annotations = [
         {"id": n, "image_id": image, "category_id": 1, "bbox": [0, 0, 100, 100], "area": 10000.0,
          "iscrowd": 0,
          "num_keypoints": int((k[:, 2] > 0).sum()), "keypoints": k.flatten().tolist()}
-        for n, (image, k) in enumerate(truths, 1)
+        for n, (image, k) in enumerate(truths, first)
     ]  # fmt: skip
     document = {
         "images": images,
@@ -66,6 +67,14 @@ def test_oks_ap_on_hand_worked_cases():
         > 0.999
     )
     assert coco_case([(1, a)], [])["AP"] == 0
+
+
+def test_ids_may_begin_with_0():
+    """pycocotools takes a match with annotation 0 for none, and the hit for a false alarm."""
+    truths = [(1, person(0)), (2, person(1))]
+    found = [(1, person(0)[:, :2], 0.9), (2, person(1)[:, :2], 0.8)]
+    assert coco_case(truths, found, first=0) == coco_case(truths, found)
+    assert coco_case(truths, found, first=0)["AP"] == pytest.approx(1)
 
 
 def test_our_oks_is_pycocotools_oks():

@@ -14,8 +14,9 @@ from PIL import Image
 import generate
 from common import Ranks
 from data import PoseBatches, PretrainPictures
-from formats.coco import read_people
+from formats.coco import read_image_captions, read_people
 from plumbing.config import read_config
+from plumbing.diffusion import say_cut
 from plumbing.errors import UserError
 from puppet.figure import another_like, attributes, sample_identities, sentence
 
@@ -188,3 +189,27 @@ def test_another_like_him_fits_every_sentence():
     hues = np.array([p["upper_rgb"] for p in others])
     near = np.linalg.norm(hues - hues.mean(0), axis=1)
     assert near.max() < 0.35  # still that colour
+
+
+def test_empty_captions_do_not_count_and_others_are_texts(tmp_path):
+    file = tmp_path / "captions.json"
+    texts = enumerate(["a", " ", "", "b"])
+    rows = [dict(id=n, image_id=n // 2, caption=text) for n, text in texts]
+    file.write_text(json.dumps(dict(annotations=rows)))
+    assert read_image_captions(file) == {0: ["a"], 1: ["b"]}
+    for caption in (None, 5, ["a"]):
+        file.write_text(json.dumps(dict(annotations=[dict(id=1, image_id=1, caption=caption)])))
+        with pytest.raises(UserError, match="its caption is .*, not a text in annotation 1"):
+            read_image_captions(file)
+
+
+def test_prompts_longer_than_the_text_encoder_reads_are_counted(painter, capsys):
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(painter / "tokenizer")
+    letters = tokenizer("ab").input_ids
+    assert len(letters) == 4  # a token per letter, a start and an end
+    say_cut(tokenizer, {1: "a" * 75, 2: "b"})
+    assert not capsys.readouterr().err
+    say_cut(tokenizer, {1: "a" * 76, 2: "b"})
+    assert "1 of 2 prompts are cut after 75 tokens, e.g. “aaaa" in capsys.readouterr().err

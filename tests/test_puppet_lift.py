@@ -3,12 +3,14 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from test_puppet import SIZE, draw
 
 import puppet as pp
+from formats.joints import COCO_JOINTS
 from puppet import body
 
 DATA = os.environ.get("GENPOCCL_DATA")
@@ -119,6 +121,18 @@ def test_completed_joints_are_where_they_belong():
     k[:, :5] = 0  # without a face the head looks where the chest does
     made = pp.poses_from_keypoints(k, boxes)
     assert ((made.head[:, 2] * made.chest[:, 2]).sum(1) > 0.9).mean() > 0.95
+
+
+def test_a_face_that_a_set_names_is_kept():
+    """LSP's neck and head top beside COCO's seventeen make no face anew."""
+    names = [*COCO_JOINTS, "neck", "head_top"]
+    keypoints = np.random.default_rng(0).uniform(1, 50, (2, 19, 3)).astype(np.float32)
+    people = SimpleNamespace(joints=names, keypoints=keypoints)
+    people._replace = lambda **columns: SimpleNamespace(**columns)
+    assert np.array_equal(pp.coco17(people).keypoints, keypoints[:, :17])
+    people.joints = [f"x{name}" if name in COCO_JOINTS[:5] else name for name in names]
+    faces = pp.coco17(people).keypoints[:, :5]
+    assert (faces[:, :, 2] == 1).all() and not np.array_equal(faces, keypoints[:, :5])
 
 
 def test_lsp_order():

@@ -24,6 +24,7 @@ import finetune_reid
 import finetune_t2i
 import generate
 import pretrain
+from experiments.tables import say_failed
 from formats.attributes import read_attributes
 from formats.captions import read_bert, read_captions
 from formats.coco import Limits, read_people
@@ -33,6 +34,7 @@ from formats.weights import encoder_meta, load_pretrained, meta_of
 from model import SIZES, ViT
 from plumbing import pictures
 from plumbing.config import read_config, read_yaml
+from plumbing.errors import UserError
 from plumbing.files import load_checkpoint, load_weights, read_json, read_mat
 
 
@@ -346,3 +348,13 @@ def test_saved_metadata_is_what_is_read(tmp_path):
     assert {"size", "width", "depth", "heads"} <= set(meta_of(ViT(192, 6, 3, (32, 16), 16)))
     with pytest.raises(StopIteration):
         meta_of(vit)  # a depth that no size has is a defect of ours, not a user's
+
+
+def test_a_comparison_without_any_figure_ends_with_an_error(capsys):
+    """An exit code of 0 would tell a script that there is a table to read."""
+    column = dict(rows={"HAP": dict(mean=0.5)})
+    say_failed({}, [dict(rows={})])
+    say_failed({"tasks/reid": "it ended with 2"}, [column, dict(rows={})])
+    assert capsys.readouterr().err == "failed: tasks/reid: it ended with 2\n"
+    with pytest.raises(UserError, match="no cell gave a figure: 1 failed"):
+        say_failed({"tasks/reid": "it ended with 2"}, [dict(rows={})])

@@ -110,6 +110,10 @@ def test_other_folders_in_market_naming(tmp_path):
     assert "(1 left out: person 0, a distractor, or -1, junk)" in about
     assert "2 people, 1 of them among the queries too" in about
     assert read_data(tmp_path, "auto", None, "q", "a")[0] is None
+    for name in ("1_c1.jpg", "1_c2.jpg", "-1_c1s1_1.jpg"):
+        paint(tmp_path / "one" / name, 1, 1, rng)
+    with pytest.raises(UserError, match="one shows one person: no query can find another one"):
+        read_data(tmp_path, "auto", None, "q", "one")
 
 
 def test_msmt17_in_market_naming_counts_people_from_0(tmp_path, data):

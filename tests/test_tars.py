@@ -136,7 +136,7 @@ def test_threads_and_loaders_of_any_kind_read_the_same(own):
     assert torch.equal(torch.cat([sample["image"] for sample in loader]), expected)
 
 
-def test_a_folder_of_tars_is_read_and_a_download_beside_its_pictures_is_not(own):
+def test_a_folder_of_tars_is_read_and_a_download_beside_its_pictures_is_not(own, capsys):
     images = own.parent / "images"
     (images / "b.tar").mkdir()
     people, _ = read_people(images)
@@ -149,8 +149,18 @@ def test_a_folder_of_tars_is_read_and_a_download_beside_its_pictures_is_not(own)
     Image.new("RGB", (8, 8)).save(own.parent / "sheet.png")  # of a run folder: as with loose files
     assert pictures.pictures_at(own.parent)[1][-1] == "sheet.png"
     assert len(pictures.pictures_at(own.parent)[1]) == 13
+    (images / "a.tar").rename(images / "C.TAR")
+    people = read_people(images)[0]
+    assert people.files.tolist() == [f"C.TAR/{i:03d}.jpg".encode() for i in range(12)]
+    assert pictures.load_picture(images, "C.TAR/003.jpg").size == (32, 64)
+    assert not capsys.readouterr().err
     Image.new("RGB", (8, 8)).save(images / "loose.png")
     assert read_people(images)[0].files.tolist() == [b"loose.png"]
+    assert f"{images}/C.TAR is not read" in capsys.readouterr().err
+    (images / "loose.png").rename(images / "loose.txt")
+    (images / "away.tar").symlink_to(images / "nowhere.tar")
+    with pytest.raises(UserError, match="away.tar"):
+        read_people(images)
 
 
 def test_maps_of_parts_in_a_tar_are_no_pictures(own):

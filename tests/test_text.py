@@ -12,7 +12,7 @@ from sklearn.metrics import average_precision_score
 
 from formats.captions import Captioned, read_captions
 from plumbing.errors import UserError
-from tasks.text import Pairs, Words, check_known, picture_of, ranking_loss, retrieval_metrics
+from tasks.text import Pairs, Words, not_learned, picture_of, ranking_loss, retrieval_metrics
 
 # ------------------------------------------------------------------------------------------- losses
 
@@ -156,7 +156,7 @@ def test_bad_captions_are_one_clear_line(tmp_path):
     (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:40])
     path = tmp_path / "c.json"
     for change, message in (
-        ({"split": "training"}, "'training' is missing in entry 1$"),
+        ({"split": "training"}, "split is 'training', not train, val or test in entry 1$"),
         ({"split": ["train"]}, "cannot read .*c.json as captions .* in entry 1$"),
         ({"captions": ["a man", " "]}, "empty caption .* in entry 1$"),
         ({"captions": ["a man", 7]}, "in entry 1$"),
@@ -195,9 +195,9 @@ def test_vocabulary_counts_words_and_knows_what_it_does_not_know():
 def test_a_sentence_in_another_language_is_refused():
     """To the model all of its words are the one word that it does not know."""
     text = Words(["a", "woman", "coat"])
-    check_known(text, "eine Frau im coat")
+    assert not_learned(text, "eine Frau im coat, eine") == ["eine", "frau", "im"]
     with pytest.raises(UserError, match='no word of "eine Frau".* a, woman, coat'):
-        check_known(text, "eine Frau")
+        not_learned(text, "eine Frau")
 
 
 def test_training_pictures_are_shifted_by_the_border_and_mirrored(tmp_path):
