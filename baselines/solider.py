@@ -128,7 +128,7 @@ KEYS = dict(
 def main():
     cfg = read_config(KEYS, __doc__)
     ranks = common.start_ranks(cfg.device, cfg.precision)
-    check_local_crops(cfg)
+    check(cfg)
     people, about = read_pictures(cfg)
     options = Augmentation(cfg.box_padding, cfg.region, cfg.crop_min, cfg.augmentation == "strong")
     small = (cfg.local_height, cfg.local_width), (cfg.local_min, cfg.local_max)
@@ -381,6 +381,11 @@ def clip_each(parameters, largest):
     if largest:
         torch._foreach_mul_(gradients, [(largest / (n + 1e-6)).clamp(max=1) for n in norms])
     return torch.stack(norms).norm()
+
+
+def check(cfg):
+    """Settings that are valid one by one but not together."""
+    check_local_crops(cfg)
 
 
 if __name__ == "__main__":
