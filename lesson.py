@@ -256,6 +256,7 @@ if __name__ == "__main__":
     try:
         sys.exit(main(sys.argv[1:]))
     except OSError as error:
-        sys.exit(f"lesson.py: cannot write {error.filename}: {error.strerror}")
+        file = error.filename or "its output"
+        sys.exit(f"lesson.py: cannot write {file}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -236,6 +237,17 @@ def test_a_closed_pipe_is_no_error_and_ascii_terminals_show_the_help():
     ascii_only = {**ENVIRONMENT, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     done = subprocess.run(words.split(), cwd=ROOT, env=ascii_only, capture_output=True, text=True)
     assert done.returncode == 0 and "tau_mp" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_closed_outputs_are_no_error(sets, tmp_path, closed):
+    command = arguments(sets, tmp_path / "run", "epochs=1")
+    words = shlex.join([sys.executable, "pretrain.py", *command])
+    done = subprocess.run(
+        f"{words} {closed}", shell=True, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run/done").exists() and not list(tmp_path.glob("run/error*"))
 
 
 # ------------------------------------------------------------------ what kills and power cuts leave
