@@ -37,6 +37,9 @@ KEYS = dict(
 TIMM = {"tiny": "vit_tiny_patch16_224", "small": "vit_small_patch16_224"}
 TIMM |= {"base": "vit_base_patch16_224", "large": "vit_large_patch16_224"}
 
+# What both libraries have a place for; a fork's further tokens they would drop without a word.
+PARTS = ("cls_token", "pose_token", "pos_embed", "patch_embed", "blocks", "norm")
+
 LOAD = {
     "timm": """import timm, torch
 
@@ -75,6 +78,10 @@ def main():
     if vit.semantic_weight is not None and cfg.to != "ours":
         what = f"{cfg.weights} has SOLIDER's controllers"
         raise UserError(f"{what}, which to={cfg.to} cannot hold; take to=ours")
+    unknown = [name for name in vit.state_dict() if name.split(".")[0] not in PARTS]
+    if unknown and cfg.to != "ours":
+        what = f"{unknown[0]} of {cfg.weights} has no place in {cfg.to}'s model"
+        raise UserError(f"{what}; take to=ours, and your model.py with it")
     meta = meta_of(vit) | {"training": encoder_meta(cfg.weights).get("training", "")}
     files = {"timm": timm_files, "transformers": transformers_files, "ours": our_files}[cfg.to](vit)
     # Two entries, in an order that changes from file to file; transformers asks for the first one.

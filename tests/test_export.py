@@ -202,6 +202,14 @@ def test_refusals(tmp_path, monkeypatch):
     save_weights(tmp_path / "lost.safetensors", plain, **meta_of(vit))
     with pytest.raises(UserError, match="says that it has controllers, but holds none"):
         run(monkeypatch, f"weights={tmp_path}/lost.safetensors", "to=ours", f"out={tmp_path}/new")
+    fork = ViT(192, 6, 3, (64, 32), 16)  # whose ViT has a third token
+    fork.scene_token = torch.nn.Parameter(torch.zeros(1, 1, 192))
+    monkeypatch.setattr(export, "read_encoder", lambda cfg, path: (fork, "a fork"))
+    for to in ("timm", "transformers"):
+        with pytest.raises(UserError, match=f"scene_token of .* no place in {to}'s model; take to"):
+            run(monkeypatch, weights, f"to={to}", f"out={tmp_path}/new")
+    run(monkeypatch, weights, "to=ours", f"out={tmp_path}/fork")
+    monkeypatch.undo()
     with pytest.raises(UserError, match="key to .* one of timm, transformers, ours"):
         run(monkeypatch, weights, "to=onnx")
     torch.save({"model": {"w": torch.zeros(2)}}, tmp_path / "w.pth")
