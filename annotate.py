@@ -34,15 +34,7 @@ from drawing.skeletons import people_sheet
 from formats.coco import MIN_SCORE, write_image_captions, write_people
 from formats.joints import COCO_CATEGORY, COCO_JOINTS
 from formats.prompts import filled_in
-from plumbing.chunks import (
-    Chunks,
-    Progress,
-    check_same_inputs,
-    is_finished,
-    mark_done,
-    person_row,
-    report,
-)
+from plumbing import chunks
 from plumbing.config import MACHINE, Key, read_config
 from plumbing.pictures import as_bytes, load_picture, pictures_at
 from tasks.recognition import Captioner, Detector, PoseEstimator
@@ -77,8 +69,9 @@ def main():
         raise UserError("pictures= names nothing; give a folder of pictures, or a list of them")
     ranks = common.start_ranks(cfg.device, cfg.precision)
     out = Path(cfg.out)
-    if (out / "done").exists() and is_finished(common.open_run(cfg, KEYS, ranks), out, ranks):
-        return
+    if (out / "done").exists():
+        if chunks.is_finished(common.open_run(cfg, KEYS, ranks), out, ranks):
+            return
 
     # Pictures and models: what can be wrong with them is found before the run folder is made.
     folder, names = listed_pictures(cfg.pictures)
@@ -89,10 +82,10 @@ def main():
         names = [names[i] for i in np.linspace(0, len(names) - 1, cfg.limit).round().astype(int)]
         names = list(dict.fromkeys(names))
     models = Models(cfg, ranks.device)
-    if is_finished(common.open_run(cfg, KEYS, ranks), out, ranks):
+    if chunks.is_finished(common.open_run(cfg, KEYS, ranks), out, ranks):
         return
     listed = "\n".join(names).encode()
-    check_same_inputs(out, {f"the list of {cfg.pictures}": listed}, ranks)
+    chunks.check_same_inputs(out, {f"the list of {cfg.pictures}": listed}, ranks)
 
     def annotate(numbers):
         rows, n = [], cfg.batch
@@ -110,19 +103,19 @@ def main():
         return [({}, row) for row in rows], 0
 
     # A chunk at a time, shared out to all ranks. What is there already stays.
-    work = Chunks(cfg, range(len(names)), annotate)
+    work = chunks.Chunks(cfg, range(len(names)), annotate)
     mine = work.missing(ranks)
     common.barrier()
     log = common.open_log(out / "log.jsonl", work.recorded()) if ranks.rank == 0 else None
-    progress = Progress(work, log, f"{len(names)} pictures of {folder}")
+    progress = chunks.Progress(work, log, f"{len(names)} pictures of {folder}")
     for people in work.made(mine, workers=0):
         progress.add(people)
     if ranks.rank > 0:  # rank 0 alone waits for all chunks and writes about them
         return
     progress.wait_for_ranks()
     write_lists(cfg, work, folder, len(names))
-    mark_done(out)
-    report(out)
+    chunks.mark_done(out)
+    chunks.report(out)
 
 
 # ----------------------------------------------------------------------- from a picture to its rows
@@ -200,7 +193,7 @@ def annotation(cfg, box, joints, caption, size):
     seen = (joints[:, 2] >= cfg.min_score) & inside
     points = np.concatenate([joints[:, :2], 2.0 * seen[:, None]], 1)
     x, y, w, h = (round(float(v), 2) for v in box[:4])
-    row = person_row(points, [x, y, w, h], w * h)
+    row = chunks.person_row(points, [x, y, w, h], w * h)
     row |= dict(keypoint_scores=[round(float(score), 4) for score in joints[:, 2]])
     row["score"] = round(float(box[4] * joints[:, 2].mean()), 4)  # [HRNet]'s, of all joints
     return row if caption is None else row | dict(caption=caption)

@@ -44,7 +44,7 @@ from plumbing.files import (
 )
 from plumbing.gradient_cache import backward_in_parts
 from plumbing.loading import EpochBatches, training_loader
-from plumbing.pictures import on_all_ranks
+from plumbing.pictures import on_all_ranks as gather_objects
 from plumbing.process import check_memory, check_restarts, end_with_parent, lock
 from plumbing.runs import earlier_run, finish_run, look_into, record_end, record_start, same_data
 from plumbing.seeds import (
@@ -152,11 +152,6 @@ def rank_share(n, ranks):
     return np.array_split(np.arange(n), ranks.world)[ranks.rank]
 
 
-def gather_objects(items):
-    """Python objects of all ranks as one flat list, in rank order. For evaluation only."""
-    return on_all_ranks(list(items))
-
-
 # ----------------------------------------------------------------------------------------- schedule
 
 
@@ -164,8 +159,12 @@ def learning_rate(step, total, warmup, peak, floor=0.0):
     """Rate of `step` (0-based) of `total`: linear warm-up, never 0, then cosine to `floor`."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+    return cosine_between(step - warmup, total - warmup, peak, floor)
+
+
+def cosine_between(step, total, start, end):
+    """From `start` at step 0 to `end` at step `total`, on half a cosine: rates, momenta, decay."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * (step / max(1, total))))
 
 
 def stepwise_rate(step, warmup, peak, milestones):

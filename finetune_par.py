@@ -44,7 +44,7 @@ from formats.weights import ENCODER, build_encoder, meta_of, take_settings
 from model import normalize
 from plumbing.config import JOB, MACHINE, Key, check_job, read_config
 from tasks.attributes import THRESHOLD, AttributePictures, attribute_metrics, weighted_bce
-from tasks.features import TOKENS, feature_width, reads_pose, token_features
+from tasks.features import READ_POSE, TOKENS, feature_width, token_features
 
 # Public names of this script; they are defined in tasks/.
 __all__ = ["attribute_metrics", "weighted_bce"]
@@ -187,7 +187,7 @@ def build_model(cfg, names=None, ratio=()):
             differs = f"{', '.join(known)}; the data has {', '.join(names)}"
             raise UserError(f"{cfg.weights} knows the attributes {differs}")
         names = known
-    encoder, about = build_encoder(cfg, reads_pose(cfg.token))
+    encoder, about = build_encoder(cfg, cfg.token in READ_POSE)
     model = AttributeModel(encoder, cfg.token, names, ratio)
     if meta:
         common.load_weights(model, common.load_checkpoint(cfg.weights), cfg.weights)

@@ -32,7 +32,7 @@ import torch
 from common import UserError
 from drawing import results as sheets
 from formats import keypoints as readers
-from formats.weights import ENCODER, build_encoder, meta_of, take_settings
+from formats.weights import ENCODER, build_encoder, meta_of, save, take_settings
 from model import normalize
 from plumbing.config import JOB, MACHINE, Key, check_job, read_config
 from tasks import pose
@@ -166,7 +166,8 @@ def main():
             model.train()
         if log.saves(step):
             log.flush()  # never save a broken model
-            save(cfg, model, optimizer, step + 1, ranks)
+            if ranks.rank == 0:
+                save(cfg.out, model.encoder, model, optimizer, step + 1)
             log.stop_if_asked(step)
 
     log.close()
@@ -208,16 +209,6 @@ def build_optimizer(cfg, model):
     depth = model.encoder.depth
     groups = common.parameter_groups(model, cfg.weight_decay, cfg.layer_decay, depth)
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, cfg.beta2), fused=True)
-
-
-def save(cfg, model, optimizer, step, ranks):
-    """Weights alone, then everything to resume: after a kill in between these steps are repeated,
-    so the two always agree."""
-    if ranks.rank == 0:
-        out, weights = Path(cfg.out), model.state_dict()
-        common.save_weights(out / "encoder.safetensors", model.encoder, **meta_of(model.encoder))
-        state = optimizer.state_dict()
-        common.save_checkpoint(out / "last.pt", model=weights, optimizer=state, step=step)
 
 
 def save_model(cfg, model, joints, skeleton):

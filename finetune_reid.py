@@ -40,15 +40,9 @@ from formats.market import read_data, read_pictures
 from formats.weights import ENCODER, build_encoder, meta_of, take_settings
 from model import normalize
 from plumbing.config import JOB, MACHINE, Key, check_job, read_config
-from tasks.features import TOKENS, ResizedPictures, reads_pose
-from tasks.ranking import (
-    evaluate_features,
-    nearest_others,
-    rank_chunks,
-    ranking_metrics,
-    reranked_chunks,
-    triplet_loss,
-)
+from tasks import ranking
+from tasks.features import READ_POSE, TOKENS, ResizedPictures
+from tasks.ranking import ranking_metrics, triplet_loss
 from tasks.reid import AugmentedPictures, PersonBatches, ReID
 
 # Public names of this script; they are defined in tasks/.
@@ -176,7 +170,7 @@ def main():
 def build_model(cfg, people=None):
     """→ (model, a sentence). With weights=, model and input size come from that file."""
     meta, sentence = take_settings(cfg, "finetune_reid.py", "people", "token", "bnneck")
-    encoder, about = build_encoder(cfg, reads_pose(cfg.token), cfg.drop_path, 0.2)
+    encoder, about = build_encoder(cfg, cfg.token in READ_POSE, cfg.drop_path, 0.2)
     people = int(meta["people"]) if meta else people
     model = ReID(encoder, cfg.token, people, cfg.bnneck)
     if meta:
@@ -224,11 +218,12 @@ def evaluate(cfg, model, query, gallery, ranks):
     if ranks.rank == 0:
         threads = torch.get_num_threads()
         torch.set_num_threads(max(threads, min(ranks.world * threads, os.cpu_count())))
-        result |= evaluate_features(q, query.ids, query.cameras, g, gallery.ids, gallery.cameras)
+        known = gallery.ids, gallery.cameras
+        result |= ranking.evaluate_features(q, query.ids, query.cameras, g, *known)
         if cfg.rerank:
             real = gallery.ids != -1  # junk must not shape the neighbourhoods either
             known = query.ids, query.cameras, gallery.ids[real], gallery.cameras[real]
-            result["reranked"] = rank_chunks(reranked_chunks(q, g[real]), *known)
+            result["reranked"] = ranking.rank_chunks(ranking.reranked_chunks(q, g[real]), *known)
         torch.set_num_threads(threads)
     common.barrier()
     return result
@@ -318,7 +313,7 @@ def predict(cfg, ranks):
     if ranks.rank == 0:
         out, N = Path(cfg.out), len(z)
         k = min(columns, N - 1)
-        nearest, similarity = nearest_others(z, k)
+        nearest, similarity = ranking.nearest_others(z, k)
         files = np.array([name.decode() for name in people.files])
         arrays = dict(files=files, embeddings=z, nearest=nearest, similarity=similarity)
         common.write_npz(out / "embeddings.npz", arrays)

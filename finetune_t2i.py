@@ -43,7 +43,7 @@ from formats.market import read_pictures
 from formats.weights import ENCODER, build_encoder, meta_of, take_settings
 from model import normalize
 from plumbing.config import JOB, MACHINE, Key, check_job, read_config
-from tasks.features import TOKENS, ResizedPictures, feature_width, reads_pose, token_features
+from tasks.features import READ_POSE, TOKENS, ResizedPictures, feature_width, token_features
 from tasks.text import Bert, Pairs, Words, not_learned, pad_tokens, ranking_loss, retrieval_metrics
 
 KEYS = dict(
@@ -240,7 +240,7 @@ def build_model(cfg, split, device):
     """
     own = ("token", "project", "text", "max_tokens")
     m, about = take_settings(cfg, "finetune_t2i.py", "vocabulary", *own)
-    encoder, sentence = build_encoder(cfg, reads_pose(cfg.token), cfg.drop_path, 0.2)
+    encoder, sentence = build_encoder(cfg, cfg.token in READ_POSE, cfg.drop_path, 0.2)
     if cfg.text == "bert":
         if m and cfg.bert == KEYS["bert"].default:  # bert= wins: the folder may have moved
             cfg.bert = m.get("bert", cfg.bert)
@@ -304,7 +304,7 @@ def evaluate(cfg, model, text, split, ranks):
         labels.append(f"{split.texts[c]}\n(AP {ap[c]:.2f}, {place + 1} of {n})")
     figures = f"R@1 {result['t2i_R1']:.3f}, mAP {result['t2i_mAP']:.3f}"
     title = f"Best, median and worst captions: {figures}"
-    sheets.caption_sheet(rows, labels, out / "ranking.png", title)
+    sheets.ranked_lists(rows, out / "ranking.png", labels, title, ("its picture", ""), 260)
     return result
 
 
@@ -360,7 +360,7 @@ def predict(cfg, ranks):
         common.write_json(out / "ranking.json", {"sentence": cfg.sentence, "ranking": rows})
         found = [(None, [(gallery[i], None) for i in order[:10]])]
         title = "Best guesses for a sentence" + unread
-        sheets.caption_sheet(found, [cfg.sentence], out / "ranking.png", title)
+        sheets.ranked_lists(found, out / "ranking.png", [cfg.sentence], title, width=260)
         common.finish_run(out)
         print(f"wrote {out}/ranking.json, ranking.png; best of {len(rows)}: {names[order[0]]}")
     common.barrier()

@@ -38,19 +38,9 @@ from common import UserError
 from drawing import skeletons
 from formats.coco import MIN_SCORE, Limits, other_joints, read_people, write_people
 from formats.prompts import check_prompts, people_of_prompts, read_prompts
-from plumbing import diffusion
-from plumbing.chunks import (
-    Chunks,
-    Progress,
-    check_same_inputs,
-    is_finished,
-    mark_done,
-    person_row,
-    report,
-    same_size,
-)
+from plumbing import chunks, diffusion
 from plumbing.config import MACHINE, Key, read_config
-from tasks.audit import Auditor
+from tasks.recognition import PoseEstimator
 
 # Another condition is one more entry: (backend, its name) → (draw, its adapter on the hub or None).
 # draw(people, size) gets the people of a picture, each (17, 3) px, and its size; it returns a PIL
@@ -122,8 +112,9 @@ def main():
     ranks = common.start_ranks(device, cfg.precision)
     out = Path(cfg.out)
     # A finished run ends here, before its inputs are read.
-    if (out / "done").exists() and is_finished(common.open_run(asked, KEYS, ranks), out, ranks):
-        return
+    if (out / "done").exists():
+        if chunks.is_finished(common.open_run(asked, KEYS, ranks), out, ranks):
+            return
 
     # Poses and prompts. What can be wrong with them is found before the run folder is made.
     people, rows, left_out, about = None, None, Counter(), "poses sampled by the puppet"
@@ -139,17 +130,17 @@ def main():
         units, make = puppet.pose_set.plan(cfg, people, rows)
     else:
         units, make = plan_painting(cfg, people, rows, prompts, ranks.device)
-    if is_finished(common.open_run(asked, KEYS, ranks), out, ranks):
+    if chunks.is_finished(common.open_run(asked, KEYS, ranks), out, ranks):
         return
     files = [file for file in (cfg.annotations, cfg.captions, cfg.prompt_file) if file]
-    check_same_inputs(out, {file: Path(file).read_bytes() for file in files}, ranks)
+    chunks.check_same_inputs(out, {file: Path(file).read_bytes() for file in files}, ranks)
 
     # Pictures, a chunk at a time, shared out to all ranks. What is there already stays.
-    work = Chunks(cfg, units, make)
+    work = chunks.Chunks(cfg, units, make)
     mine = work.missing(ranks)
     common.barrier()
     log = common.open_log(out / "log.jsonl", work.recorded()) if ranks.rank == 0 else None
-    progress = Progress(work, log, about)
+    progress = chunks.Progress(work, log, about)
     for pictures in work.made(mine, cfg.workers if cfg.backend == "puppet" else 0):
         progress.add(pictures)
     if ranks.rank > 0:  # rank 0 alone waits for all chunks and writes about them
@@ -163,8 +154,8 @@ def main():
         summary = write_lists(cfg, work, left_out)
     summary["pictures_per_second"] = progress.rate(summary["pictures"])
     common.write_json(out / "summary.json", summary)
-    mark_done(out)
-    report(out)
+    chunks.mark_done(out)
+    chunks.report(out)
 
 
 # -------------------------------------------------------------------------------- poses and prompts
@@ -216,7 +207,9 @@ def plan_painting(cfg, people, rows, prompts, device):
     prompts = prompts or read_prompts(cfg, list(wanted))
     pipe = diffusion.load_painter(cfg, device)
     diffusion.say_cut(pipe.tokenizer, prompts)
-    auditor = Auditor(cfg.audit_model, device) if cfg.audit == "vitpose" else None
+    auditor = None
+    if cfg.audit == "vitpose":
+        auditor = PoseEstimator(cfg.audit_model, "audit_model", device)
 
     def make(ids):
         sources = [Source(cfg, people, everybody[i], wanted[i], prompts[i]) for i in ids]
@@ -304,7 +297,7 @@ def paint_chunk(cfg, sources, pipe, auditor):
                 if any((pose, k) not in kept for pose in source.pose_ids):
                     todo.append((source, k))
         again += len(todo) if attempt else 0
-        for batch in same_size(todo, cfg.batch):
+        for batch in chunks.same_size(todo, cfg.batch):
             # The same skeleton and prompt for all K: only the seed differs [paper].
             conditions = [source.condition for source, _ in batch]
             prompts = [source.prompt for source, _ in batch]
@@ -338,7 +331,7 @@ def crop_people(cfg, source, k, seed, picture, auditor):
         if auditor and oks[n] < cfg.audit_threshold:
             continue
         crop, keypoints = source.crop(picture, n)
-        row = person_row(keypoints, [0, 0, *crop.size], float(source.areas[n]))
+        row = chunks.person_row(keypoints, [0, 0, *crop.size], float(source.areas[n]))
         row |= dict(pose_id=pose, k=k, caption=source.prompt, seed=seed)
         if cfg.annotations:
             row |= dict(source_image_id=source.image_id, source_annotation_id=pose)

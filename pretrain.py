@@ -25,16 +25,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import data
 from common import UserError
-from data import (
-    Augmentation,
-    PoseBatches,
-    PretrainPictures,
-    noise_size,
-    part_guided_mask,
-    random_mask,
-    recognised,
-)
 from drawing import training as sheets
 from formats.coco import MIN_SCORE, Limits, check_sources, other_joints, read_people
 from formats.weights import load_into, meta_of, training_of
@@ -224,17 +216,17 @@ def build_data(cfg, ranks):
         file_people, notes = read_people(path, folder, limits)
         check_joints(cfg, path, file_people)
         people.append(file_people)
-        named.append(f"{recognised(file_people.joints)[0]} of 17 joints recognised")
+        named.append(f"{data.recognised(file_people.joints)[0]} of 17 joints recognised")
         named[-1] += other_joints(file_people.joints)
         if notes["scores"]:
             named[-1] += ", given as scores"
         counted["bad pictures left out"] += len(notes["bad"])
         counted["boxes clipped"] += notes["clipped"]
         counted["people with bad boxes left out"] += notes["bad_boxes"]
-    options = Augmentation(
+    options = data.Augmentation(
         cfg.box_padding, cfg.region, cfg.crop_min, cfg.augmentation == "strong", cfg.shared
     )
-    dataset = PretrainPictures(people, (cfg.height, cfg.width), cfg.seed, options)
+    dataset = data.PretrainPictures(people, (cfg.height, cfg.width), cfg.seed, options)
     grouped = int((dataset.pose_id >= 0).sum())
     if cfg.gamma_mp and not grouped:
         raise UserError(
@@ -243,7 +235,7 @@ def build_data(cfg, ranks):
         )
     # L_mp needs several pictures of a pose in a batch; without it nothing asks for whole poses.
     K = cfg.pictures_per_pose if cfg.gamma_mp else 1
-    batches = PoseBatches(dataset, cfg.batch, K, cfg.shares, cfg.seed, ranks)
+    batches = data.PoseBatches(dataset, cfg.batch, K, cfg.shares, cfg.seed, ranks)
     own = cfg.batch // ranks.world
     if own % cfg.accumulate:
         raise UserError(f"accumulate={cfg.accumulate} must divide the {own} pictures of a rank")
@@ -282,7 +274,7 @@ def draw_masks(cfg, keypoints, grid, step, ranks):
     """One mask (B, N) per view, f(seed, step): this rank's rows of those of the global batch."""
     if cfg.mask == "none":
         return [None] * cfg.views
-    n = noise_size(grid) if cfg.mask == "part" else grid[0] * grid[1]
+    n = data.noise_size(grid) if cfg.mask == "part" else grid[0] * grid[1]
     # Drawn for the global batch, then cut to this rank's rows: ranks change no mask.
     batch, noise = len(keypoints) * ranks.world, []
     for view in range(cfg.views):
@@ -292,9 +284,9 @@ def draw_masks(cfg, keypoints, grid, step, ranks):
     if cfg.mask == "part":
         # Each view has its own noise: two different holes in the same picture.
         keypoints = keypoints.repeat(cfg.views, 1, 1)
-        masks = part_guided_mask(keypoints, grid, cfg.mask_ratio, cfg.patch, noise=noise)
+        masks = data.part_guided_mask(keypoints, grid, cfg.mask_ratio, cfg.patch, noise=noise)
     else:
-        masks = random_mask(noise, cfg.mask_ratio)
+        masks = data.random_mask(noise, cfg.mask_ratio)
     return list(masks.chunk(cfg.views))
 
 
@@ -374,7 +366,7 @@ def check(cfg):
 
 def check_joints(cfg, path, people):
     """Part-guided masks need links of at least half of the six body parts."""
-    joints, parts = recognised(people.joints)
+    joints, parts = data.recognised(people.joints)
     if cfg.mask == "part" and parts < 3:
         raise UserError(
             f"{path}: {joints} of COCO's 17 joints are recognised, which link {parts} of 6 body "

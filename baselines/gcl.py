@@ -58,11 +58,11 @@ from torch.utils.data import DataLoader
 
 import common
 from baselines.gcl_parts import GCL, Views, draw_sheet, read_guides, view_scores
-from baselines.parts import save, squared_slope
+from baselines.parts import squared_slope
 from common import UserError
 from drawing.curves import draw_curves
 from formats.market import read_data
-from formats.weights import AS_IS, build_encoder
+from formats.weights import AS_IS, build_encoder, save
 from model import SIZES, normalize
 from plumbing.config import MACHINE, Key, read_config
 from plumbing.seeds import CHOICE, ORDER
@@ -224,7 +224,6 @@ def main():
                 log.flush()
                 prepare(step + 1)
             if log.saves(step):
-                log.flush()  # never save a broken model
                 others = dict(for_d=for_d.state_dict(), for_id=for_id.state_dict())
                 encoder = model.e_id.encoder
                 save(cfg.out, encoder, model, for_g, step + 1, report=report, **others)

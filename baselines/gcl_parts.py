@@ -27,7 +27,7 @@ from plumbing.config import read_yaml
 from plumbing.errors import UserError
 from plumbing.pictures import load_picture
 from plumbing.seeds import VIEW, rng_of
-from puppet import Identities, Scenes, coco17, people_set, poses_from_keypoints, render, take
+from puppet import coco17, people_set, poses_from_keypoints, render, take
 from puppet.body import turned
 from puppet.guide import draw_guides
 from tasks.features import resized
@@ -245,7 +245,7 @@ class Guides:
     """Bodies of N pictures, as they stand or turned: from 3-D poses, or files of a folder.
 
     poses: of the pictures, in whose window they are whole; or None and folder, files (N,) bytes.
-    looks: of rendered people (Identities, Scenes, (H, W) they were rendered at), or None.
+    looks: of rendered people (they, their scenes, (H, W) they were rendered at), or None.
     """
 
     def __init__(self, size, poses=None, looks=None, folder=None, files=None):
@@ -263,7 +263,7 @@ class Guides:
     def truth(self, row, degrees):
         """What a rendered person really looks like when turned → uint8 (3, H, W)."""
         people, scenes, size = self.looks
-        one = Identities([people.people[row]]), Scenes([scenes.scenes[row]])
+        one = [people[row]], [scenes[row]]
         image = render(turned(take(self.poses, [row]), degrees), *one, size)["image"][0]
         return resized(Image.fromarray(image), self.size).transpose(2, 0, 1)
 

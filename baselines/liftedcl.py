@@ -63,11 +63,11 @@ import torch.nn.functional as F
 import common
 from baselines import bodies
 from baselines.bodies import BONES, JOINTS
-from baselines.parts import DATA, Crops, Queue, read_pictures, save, squared_slope, update_teacher
+from baselines.parts import DATA, Crops, Queue, read_pictures, squared_slope, update_teacher
 from common import UserError
 from data import Augmentation
 from drawing import training as sheets
-from formats.weights import load_into
+from formats.weights import load_into, save
 from losses import full_precision, gather_rows_of, no_autocast, sum_over_ranks, world_size
 from model import SIZES, ViT, normalize
 from plumbing.config import MACHINE, Key, read_config

@@ -7,8 +7,6 @@ H, W picture.
 """
 
 import copy
-import math
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -16,12 +14,11 @@ import torch.nn.functional as F
 
 from data import PretrainPictures, grown_region, padded_box, random_crop
 from formats.coco import MIN_SCORE, Limits, check_sources, read_people
-from formats.weights import meta_of, resized_positions
+from formats.weights import resized_positions
 from losses import full_precision, gather_rows_of, no_autocast
 from model import SIZES
 from plumbing.config import Key
 from plumbing.errors import UserError
-from plumbing.files import save_checkpoint, save_weights
 from plumbing.pictures import load_picture
 from plumbing.seeds import VIEW, seed_all
 
@@ -59,13 +56,6 @@ def read_pictures(cfg):
         bad_boxes += notes["bad_boxes"]
     n = sum(len(one.files) for one in people)
     return people, f"{n} people, {left_out} bad pictures, {bad_boxes} bad boxes left out"
-
-
-def save(out, encoder, model, optimizer, step, **more):
-    """Weights alone, then everything to resume: after a kill between them steps are repeated."""
-    out, state = Path(out), dict(model=model.state_dict(), optimizer=optimizer.state_dict())
-    save_weights(out / "encoder.safetensors", encoder, **meta_of(encoder))
-    save_checkpoint(out / "last.pt", **state, step=step, **more)
 
 
 def check_local_crops(cfg):
@@ -156,16 +146,6 @@ class Head(nn.Module):
         with no_autocast(x):  # a cosine's third digit, divided by .04, would be lost in bf16
             x, prototypes = full_precision(x, self.last.weight)
             return F.linear(F.normalize(x, dim=-1), F.normalize(prototypes, dim=1))
-
-
-def cosine_between(step, total, start, end):
-    """From `start` at step 0 to `end` at step total, on half a cosine: momenta, weight decay."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(1, total)))
-
-
-def mean_entropy(p):
-    """Probabilities (…, K) → mean of −Σ_k p_k ln p_k, scalar."""
-    return -(p * p.clamp(min=1e-30).log()).sum(-1).mean()
 
 
 @torch.no_grad()

@@ -57,22 +57,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import common
-from baselines.parts import (
-    DATA,
-    Crops,
-    Head,
-    at_size,
-    check_local_crops,
-    cosine_between,
-    mean_entropy,
-    read_pictures,
-    save,
-    update_teacher,
-)
+from baselines import parts
 from baselines.solider_parts import PARTS, part_labels, show_parts
 from data import Augmentation, PoseBatches
 from drawing.curves import draw_curves
-from formats.weights import load_into
+from formats.weights import load_into, save
 from losses import full_precision, no_autocast, sum_over_ranks, world_size
 from model import SIZES, ViT, normalize
 from plumbing.config import MACHINE, Key, read_config
@@ -80,7 +69,7 @@ from plumbing.seeds import CHOICE
 
 KEYS = dict(
     out=Key("runs/solider", "run folder"),
-) | DATA | dict(
+) | parts.DATA | dict(
     box_padding=Key(1.0, "boxes grow by this before cropping; 1: tight, as LUPerson", low=1),
     region=Key("grow", "see pretrain.py", choices=("grow", "box")),
     augmentation=Key("strong", "hap: crop and flip; strong: + jitter, grey, blur [StableRep]",
@@ -129,11 +118,11 @@ def main():
     cfg = read_config(KEYS, __doc__)
     ranks = common.start_ranks(cfg.device, cfg.precision)
     check(cfg)
-    people, about = read_pictures(cfg)
+    people, about = parts.read_pictures(cfg)
     options = Augmentation(cfg.box_padding, cfg.region, cfg.crop_min, cfg.augmentation == "strong")
     small = (cfg.local_height, cfg.local_width), (cfg.local_min, cfg.local_max)
     local = (cfg.local_crops, *small) if cfg.local_crops else None
-    dataset = Crops(people, (cfg.height, cfg.width), cfg.seed, options, 2, local)
+    dataset = parts.Crops(people, (cfg.height, cfg.width), cfg.seed, options, 2, local)
     batches = PoseBatches(dataset, cfg.batch, 1, [], cfg.seed, ranks)
     with torch.device("meta"):  # counted before it is claimed
         rows = cfg.batch // ranks.world * (4 + cfg.local_crops)
@@ -170,7 +159,7 @@ def main():
         lr = common.learning_rate(step, total, warmup, cfg.blr * cfg.batch / 256, cfg.min_lr)
         common.set_learning_rate(optimizer, lr)
         for group in optimizer.param_groups:
-            decay = cosine_between(step, total, cfg.weight_decay, cfg.weight_decay_end)
+            decay = common.cosine_between(step, total, cfg.weight_decay, cfg.weight_decay_end)
             group["weight_decay"] = decay * group["decays"]
         # Crop after crop: (g, B, 3, H, W) and (l, B, 3, local height, width).
         images = normalized_crops(sample["image"], ranks.device)
@@ -185,8 +174,8 @@ def main():
             model.student.head.last.weight.grad = None
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        momentum = cosine_between(step, total, cfg.teacher_momentum, 1.0)
-        update_teacher(model.teacher, model.student, momentum)
+        momentum = common.cosine_between(step, total, cfg.teacher_momentum, 1.0)
+        parts.update_teacher(model.teacher, model.student, momentum)
 
         values = {"loss": result["total"], "dino": result["dino"], "semantic": result["semantic"]}
         values |= {"grad_norm": norm, "ln_K": log_k} | result["health"]
@@ -221,14 +210,6 @@ def start_from(encoder, path):
     return load_into(encoder, path)
 
 
-class Network(nn.Module):
-    """Student or teacher: an encoder and, on its [CLS], DINO's head."""
-
-    def __init__(self, encoder, head):
-        super().__init__()
-        self.encoder, self.head = encoder, head
-
-
 class Solider(nn.Module):
     """Student, teacher, semantic head and centre; its forward is the method."""
 
@@ -239,9 +220,11 @@ class Solider(nn.Module):
             s["width"], s["depth"], s["heads"], sides, cfg.patch, cfg.pose_token, cfg.drop_path,
             controller=True,
         )  # fmt: skip
-        self.student = Network(encoder, Head(encoder.width, cfg.head_hidden, cfg.out_dim))
+        # Student and teacher: an encoder and, on its [CLS], DINO's head.
+        head = parts.Head(encoder.width, cfg.head_hidden, cfg.out_dim)
+        self.student = nn.ModuleDict(dict(encoder=encoder, head=head))
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        self.semantic_head = Head(encoder.width, cfg.head_hidden, PARTS + 1)
+        self.semantic_head = parts.Head(encoder.width, cfg.head_hidden, PARTS + 1)
         self.semantic_head.requires_grad_(not cfg.frozen_semantic_head)
         self.register_buffer("centre", torch.zeros(cfg.out_dim))
         self.cfg = cfg
@@ -288,7 +271,7 @@ class Solider(nn.Module):
         tokens = student.encoder(given, drop_noise=drop, semantic_weight=its_weight)
         read, patches = self.pool(tokens[: 2 * B]), tokens[:, S:]
         if local is not None:
-            small = at_size(student.encoder, local.shape[-2:])
+            small = parts.at_size(student.encoder, local.shape[-2:])
             repeated = weight[:B].repeat(len(local))
             found = small(local.flatten(0, 1), drop_noise=drop_local, semantic_weight=repeated)
             read = torch.cat([read, self.pool(found)])
@@ -307,7 +290,7 @@ class Solider(nn.Module):
             self.centre.lerp_(mean.to(self.centre.dtype), 1 - cfg.centre_momentum)
             right = (answers.detach().argmax(-1) == labels[on]) & kept[on].unsqueeze(1)
             n_asked = (2 * kept[on].sum() * labels.shape[1]).clamp(min=1)
-            entropy = mean_entropy(q)
+            entropy = torch.special.entr(q).sum(-1).mean()  # −Σ_k q_k ln q_k
             out["health"] = dict(
                 teacher_entropy=entropy, kept=kept.float().mean(), right=right.sum() / n_asked
             )
@@ -385,7 +368,7 @@ def clip_each(parameters, largest):
 
 def check(cfg):
     """Settings that are valid one by one but not together."""
-    check_local_crops(cfg)
+    parts.check_local_crops(cfg)
 
 
 if __name__ == "__main__":

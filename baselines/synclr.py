@@ -57,7 +57,7 @@ from baselines import parts, synclr_report
 from common import UserError
 from data import Augmentation, PoseBatches
 from drawing.curves import draw_curves
-from formats.weights import load_into
+from formats.weights import load_into, save
 from losses import full_precision, gather_rows_of, no_autocast, pair_masks
 from model import SIZES, ViT, normalize, split_mask, take_patches
 from plumbing.config import MACHINE, Key, read_config
@@ -166,7 +166,7 @@ def main():
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         # Before the next step: its targets come from this step's student too.
-        momentum = parts.cosine_between(step, total, cfg.momentum, 1.0)
+        momentum = common.cosine_between(step, total, cfg.momentum, 1.0)
         parts.update_teacher(model.teacher, model.student, momentum)
 
         values = {"loss": result["total"]}
@@ -177,7 +177,7 @@ def main():
         if log.saves(step):
             log.flush()
             if ranks.rank == 0:
-                parts.save(cfg.out, model.student.encoder, model, optimizer, step + 1)
+                save(cfg.out, model.student.encoder, model, optimizer, step + 1)
             log.stop_if_asked(step)
 
     log.close()
@@ -200,7 +200,10 @@ class SynCLR(nn.Module):
 
     def __init__(self, encoder, cfg):
         super().__init__()
-        self.student = Network(encoder, cfg)
+        # Student and teacher: encoder, projector of [CLS], head of the patches.
+        self.student = nn.ModuleDict(dict(encoder=encoder))
+        self.student.projector = mlp(encoder.width, cfg.projector_width, cfg.projector_out, 3)
+        self.student.head = parts.Head(encoder.width, cfg.head_width, cfg.prototypes)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.predictor = mlp(cfg.projector_out, cfg.projector_width, cfg.projector_out, 2)
         self.mask_token = nn.Parameter(torch.randn(1, 1, encoder.width) * 0.02)  # [iBOT]
@@ -248,7 +251,7 @@ class SynCLR(nn.Module):
         ibot = -(targets * F.log_softmax(cosines / self.tau_student, 1)).sum(1).mean()
 
         out = dict(total=mp + mp_local + self.gamma * ibot, mp=mp, mp_local=mp_local, ibot=ibot)
-        entropy = parts.mean_entropy(targets)
+        entropy = torch.special.entr(targets).sum(1).mean()  # −Σ_k p_k ln p_k
         finite = tokens.detach().float().sum((1, 2)).isfinite()
         return out | dict(target_entropy=entropy, z=z.detach(), bad=~finite)
 
@@ -263,16 +266,6 @@ class SynCLR(nn.Module):
         for block in encoder.blocks:
             x = block(x)
         return encoder.norm(x)
-
-
-class Network(nn.Module):
-    """What student and teacher both have: encoder, projector of [CLS], head of the patches."""
-
-    def __init__(self, encoder, cfg):
-        super().__init__()
-        self.encoder = encoder
-        self.projector = mlp(encoder.width, cfg.projector_width, cfg.projector_out, 3)
-        self.head = parts.Head(encoder.width, cfg.head_width, cfg.prototypes)
 
 
 def mlp(width, hidden, out, layers):

@@ -25,7 +25,7 @@ from baselines import parts
 from common import UserError
 from data import PoseBatches, PretrainPictures
 from drawing.training import draw_curves, neighbour_sheet
-from formats.weights import load_into
+from formats.weights import load_into, save
 from losses import full_precision, gather_with_gradient, no_autocast
 from model import SIZES, Projector, ViT, normalize
 from plumbing.config import MACHINE, Key, read_config
@@ -113,7 +113,7 @@ def main():
         if log.saves(step):
             log.flush()
             if ranks.rank == 0:
-                parts.save(out, model.encoder, model, optimizer, step + 1)
+                save(out, model.encoder, model, optimizer, step + 1)
             log.stop_if_asked(step)
     log.close()
     if ranks.rank == 0:

@@ -169,17 +169,19 @@ def _card(image, names, p, parts):
 RIGHT_ANSWER, WRONG_ANSWER = (0, 145, 80), (215, 40, 40)
 
 
-def ranked_lists(rows, path, row_labels=None, title=None, cell=(64, 128)):
-    """Queries and what was found for each, best first.
+def ranked_lists(rows, path, labels, title, own=("query",), width=150):
+    """Queries, or sentences, and what was found for each, best first.
 
-    rows: list of (query picture, [(picture, right)]); right: see `judged`.
+    rows: list of (own picture, or None in all, [(picture, right)]); right: see `judged`. labels: a
+    text for each, `width` px wide. own: what stands above the own picture and empty cells after it.
     """
-    drawn = []
+    cell, drawn = (64, 128), []
     for query, answers in rows:
-        drawn.append([_fitted(query, cell), *(judged(_fitted(p, cell), r) for p, r in answers)])
-    columns = max((len(answers) for _, answers in rows), default=0)
-    heads = ["query"] + [str(i + 1) for i in range(columns)]
-    sheet(drawn, path, row_labels, heads, title, cell)
+        drawn.append([] if query is None else [_fitted(query, cell), *[None] * (len(own) - 1)])
+        drawn[-1] += [judged(_fitted(picture, cell), right) for picture, right in answers]
+    heads = [str(i + 1) for i in range(max(len(answers) for _, answers in rows))]
+    heads = heads if rows[0][0] is None else [*own, *heads]
+    sheet(drawn, path, labels, heads, title, (*cell, width))
 
 
 def _fitted(image, size):
@@ -200,22 +202,3 @@ def judged(image, right):
         draw.line([(x + 2, y + 2), (x + 7, y + 7)], (255, 255, 255), 2)
         draw.line([(x + 7, y + 2), (x + 2, y + 7)], (255, 255, 255), 2)
     return image
-
-
-def caption_sheet(rows, captions, path, title=None, cell=(64, 128)):
-    """Sentences and the pictures found for each, best first.
-
-    rows: list of (the sentence's own picture or None, [(picture, right)]); right: see `judged`.
-    captions: the sentences.
-    """
-    drawn = []
-    for own, answers in rows:
-        found = [judged(_fitted(picture, cell), right) for picture, right in answers]
-        if own is not None:
-            found = [_fitted(own, cell), None, *found]  # None: an empty cell between them
-        drawn.append(found)
-    columns = max((len(answers) for _, answers in rows), default=0)
-    heads = [str(i + 1) for i in range(columns)]
-    if any(own is not None for own, _ in rows):
-        heads = ["its picture", "", *heads]
-    sheet(drawn, path, captions, heads, title, (*cell, 260))

@@ -17,6 +17,11 @@ COCO_LINKS = (  # 1-based, as in COCO's own files
 COCO_CATEGORY = dict(id=1, name="person", supercategory="person", keypoints=COCO_JOINTS)
 COCO_CATEGORY["skeleton"] = [[int(joint) for joint in link.split("-")] for link in COCO_LINKS]
 
+LSP_JOINTS = (
+    "right_ankle right_knee right_hip left_hip left_knee left_ankle right_wrist right_elbow "
+    "right_shoulder left_shoulder left_elbow left_wrist neck head_top"
+).split()
+
 SIDE, LIMB_JOINT = "(left|right|l|r)", "(eye|ear|shoulder|elbow|wrist|hip|knee|ankle)"
 
 

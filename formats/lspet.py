@@ -21,16 +21,13 @@ import plumbing.quiet  # noqa: F401  first: Ctrl-C while the libraries load
 # isort: split
 import numpy as np
 
+from formats.joints import LSP_JOINTS as JOINTS
 from formats.keypoints import coco_document
 from formats.people import Limits, measured, people_at
 from plumbing.config import Key, read_config
 from plumbing.errors import UserError, reading, run_stage
 from plumbing.files import new_files, read_mat, write_json
 
-JOINTS = (
-    "right_ankle right_knee right_hip left_hip left_knee left_ankle right_wrist right_elbow "
-    "right_shoulder left_shoulder left_elbow left_wrist neck head_top"
-).split()
 LINKS = [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5), (6, 7), (7, 8), (8, 9), (9, 10), (10, 11)]
 LINKS += [(12, 13), (8, 12), (9, 12), (2, 8), (3, 9)]
 

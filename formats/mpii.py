@@ -28,8 +28,9 @@ def read_mpii(path, folder, limits):
     box lies beyond the picture, or which hold a NaN, are left out.
     → (People, notes of formats.coco.read_people and "rows": how many rows the list has).
     """
-    folder = Path(folder) if folder else Path(path).parent / "images"
-    folder = folder if folder.is_dir() else Path(path).parent
+    if not folder:
+        folder = Path(path).parent
+        folder = folder / "images" if (folder / "images").is_dir() else folder
     files, boxes, keypoints = [], [], []
     with reading(path, "MPII's list") as place:
         for n, row in enumerate(read_json(path), 1):

@@ -17,7 +17,7 @@ from formats.transformers_names import from_transformers
 from model import SIZES, ViT
 from plumbing.config import Key
 from plumbing.errors import UserError, and_more, reading
-from plumbing.files import is_finite, load_checkpoint, regular
+from plumbing.files import is_finite, load_checkpoint, regular, save_checkpoint, save_weights
 from plumbing.process import check_memory
 
 # The encoder of a fine-tuning stage: its keys.
@@ -310,6 +310,13 @@ def meta_of(encoder):
     if encoder.semantic_weight is not None:  # it has SOLIDER's controller
         meta["semantic_weight"] = encoder.semantic_weight
     return meta
+
+
+def save(out, encoder, model, optimizer, step, **more):
+    """Weights alone, then everything to resume: after a kill between them steps are repeated."""
+    out, state = Path(out), dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+    save_weights(out / "encoder.safetensors", encoder, **meta_of(encoder))
+    save_checkpoint(out / "last.pt", **state, step=step, **more)
 
 
 def training_of(cfg, keys, steps):

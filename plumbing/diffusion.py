@@ -93,16 +93,11 @@ def whole_model(name, key, kind, **where):
     fill at random. where: subfolder=, of a model in parts."""
     load = partial(kind.from_pretrained, output_loading_info=True, **where)
     model, found = from_folder_or_hub(name, key, load)
-    if missing := lacking(found):
-        what = f"lacks {missing} of a {kind.__name__}"
+    missing = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+    if missing:
+        what = f"lacks {missing[0]}{and_more(missing)} of a {kind.__name__}"
         raise UserError(f"{key}={name} {what}: a file of another kind, or cut off")
     return model
-
-
-def lacking(found):
-    """What both libraries say of a loading → the tensors that the file lacks, or ""."""
-    missing = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-    return f"{missing[0]}{and_more(missing)}" if missing else ""
 
 
 def from_folder_or_hub(name, key, load):

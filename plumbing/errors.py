@@ -118,7 +118,8 @@ def verdict(error):
         isinstance(error, ConnectionError | EOFError) and in_a_loader(error)
     ):
         return 2, "error: a loader process was killed (out of memory?); lower workers= or the batch"
-    if dist.is_initialized() and isinstance(error, RuntimeError | dist.DistError) and lost(text):
+    lost = isinstance(error, RuntimeError | dist.DistError) and dist.is_initialized()
+    if lost and re.search("peer|gloo|NCCL|nccl|store|Socket", text):
         time.sleep(5)  # torchrun ends this rank meanwhile, if another one has said what is wrong
         return 1, f"error: lost the other ranks ({in_a_line(error)})"
     folder = Path(tempfile.gettempdir())
@@ -135,10 +136,6 @@ def in_a_loader(error):
     frames = traceback.extract_tb(error.__traceback__)
     places = {(Path(frame.filename).name, frame.name) for frame in frames}
     return ("dataloader.py", "_try_get_data") in places
-
-
-def lost(text):
-    return re.search("peer|gloo|NCCL|nccl|store|Socket", text) is not None
 
 
 def leave(code, line):

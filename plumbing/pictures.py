@@ -160,7 +160,7 @@ def find_bad_pictures(folder, files, sizes=None, source=None):
 
 
 def on_all_ranks(rows):
-    """The lists of all ranks, one behind the other."""
+    """The lists of all ranks as one, in rank order; common.gather_objects. Not for tensors."""
     if not dist.is_initialized():
         return rows
     parts = [None] * dist.get_world_size()

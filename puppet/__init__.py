@@ -9,13 +9,13 @@ seen by several cameras, in the layout of the ReID, attribute and caption sets).
 """
 
 from puppet import people_set, pose_set
-from puppet.body import PARTS, J, Poses, project, sample_poses, take
-from puppet.figure import Identities, attributes, render, sample_identities, sentence
-from puppet.lift import LSP_JOINTS, coco17, lsp_to_coco, poses_from_keypoints
-from puppet.scene import Scenes, sample_scenes
+from puppet.body import Poses, project, sample_poses, take
+from puppet.figure import attributes, render, sample_identities, sentence
+from puppet.lift import coco17, lsp_to_coco, poses_from_keypoints
+from puppet.scene import sample_scenes
 
 KEYS = pose_set.KEYS | people_set.KEYS  # of generate.py
 
-__all__ = ["KEYS", "people_set", "pose_set", "PARTS", "J", "Poses", "take", "sample_poses"]
-__all__ += ["project", "LSP_JOINTS", "coco17", "lsp_to_coco", "poses_from_keypoints", "Scenes"]
-__all__ += ["sample_scenes", "Identities", "sample_identities", "attributes", "sentence", "render"]
+__all__ = ["KEYS", "people_set", "pose_set", "Poses", "take", "sample_poses", "project", "coco17"]
+__all__ += ["lsp_to_coco", "poses_from_keypoints", "sample_scenes", "sample_identities"]
+__all__ += ["attributes", "sentence", "render"]

@@ -9,8 +9,6 @@ Every picture is a function of its own pose, person and scene only: pictures are
 its own bounding box.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from plumbing.seeds import PERSON, rng_of
@@ -50,12 +48,6 @@ PATTERNS = dict(plain=48, striped=16, checked=11, dotted=7, logo=12, pinstriped=
 # fmt: on
 
 
-class Identities(NamedTuple):
-    """B people as plain dicts (see `sample_person`); colours are names plus jittered RGB."""
-
-    people: list
-
-
 def colour_of(rng, name, table=COLOURS):
     """Jittered float32 (3,) RGB in [0, 1] of a palette name: lightness varies, hue stays."""
     rgb = np.array(table[name])
@@ -65,8 +57,8 @@ def colour_of(rng, name, table=COLOURS):
 
 
 def sample_identities(seed, keys):
-    """keys (B, …) whole numbers → Identities; person i depends on (seed, keys[i]) only."""
-    return Identities([sample_person(rng_of(PERSON, seed, *np.atleast_1d(key))) for key in keys])
+    """keys (B, …) whole numbers → B people; person i depends on (seed, keys[i]) only."""
+    return [sample_person(rng_of(PERSON, seed, *np.atleast_1d(key))) for key in keys]
 
 
 def sample_person(rng):
@@ -192,8 +184,8 @@ def article(words):
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def render(poses, identities, scenes, size=(128, 64)):
-    """Draw B pictures. → dict of
+def render(poses, people, scenes, size=(128, 64)):
+    """Draw B pictures. people: of sample_person; scenes: of sample_scene. → dict of
 
     image uint8 (B, H, W, 3); keypoints float32 (B, 17, 3): px (pixel centres are whole numbers),
     visibility 2 visible, 1 hidden (behind the own body or an occluder) or completed by
@@ -210,10 +202,10 @@ def render(poses, identities, scenes, size=(128, 64)):
     out["joints3d"] = poses.points[:, :17].astype(np.float32)
     hips = [list(LIMITS).index(name) for name in ("l_hip", "r_hip")]
     for i in range(B):
-        scene, z = scenes.scenes[i], poses.points[i, :, 2]
+        scene, z = scenes[i], poses.points[i, :, 2]
         c = Canvas(draw_background(scene, H, W), scene)
         draw_ground(c, scene, xy[i], ppm[i], bool((poses.angles[i, hips] > 60).all()))
-        draw_person(c, Body(xy[i], ppm[i], z, poses.head[i], poses.chest[i], identities.people[i]))
+        draw_person(c, Body(xy[i], ppm[i], z, poses.head[i], poses.chest[i], people[i]))
         rows, columns = np.flatnonzero(c.parts.any(1)), np.flatnonzero(c.parts.any(0))
         if len(rows):
             width, height = columns[-1] + 1 - columns[0], rows[-1] + 1 - rows[0]

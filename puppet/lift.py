@@ -17,13 +17,9 @@ from puppet.body import R_EAR, R_ELB, R_EYE, R_SHO, R_WRI
 from puppet.body import L_ANK, L_HEEL, L_HIP, L_KNE, L_TOE, R_ANK, R_HIP, R_KNE
 
 # isort: on
-from formats.joints import COCO_JOINTS, to_coco17
+from formats.joints import COCO_JOINTS, LSP_JOINTS, to_coco17
 
-LSP_JOINTS = (
-    "right_ankle right_knee right_hip left_hip left_knee left_ankle right_wrist right_elbow "
-    "right_shoulder left_shoulder left_elbow left_wrist neck head_top"
-).split()
-# Without the last two, neck and head top.
+# LSP_JOINTS without the last two, neck and head top.
 LSP = [R_ANK, R_KNE, R_HIP, L_HIP, L_KNE, L_ANK, R_WRI, R_ELB, R_SHO, L_SHO, L_ELB, L_WRI]
 
 

@@ -31,7 +31,7 @@ from plumbing.errors import UserError
 from plumbing.files import write_atomic, write_csv
 from plumbing.seeds import BAD_BOX, PICTURE, WORDING, rng_of, seed_of
 from puppet.body import sample_poses
-from puppet.figure import Identities, attributes, render, sample_identities, sentence
+from puppet.figure import attributes, render, sample_identities, sentence
 from puppet.scene import sample_scenes
 
 KEYS = dict(
@@ -90,7 +90,7 @@ def draw_person(cfg, person):
     C, K, split = cfg.cameras, cfg.pictures_per_camera, split_of(cfg, person)
     jobs = [(person, camera, k) for camera in range(1, C + 1) for k in range(K)]
     poses, people, scenes, seeds = sightings(cfg.seed, jobs)
-    made, who = render(poses, people, scenes, (cfg.height, cfg.width)), people.people[0]
+    made, who = render(poses, people, scenes, (cfg.height, cfg.width)), people[0]
     rows = []
     for i, ((_, camera, k), seed) in enumerate(zip(jobs, seeds)):
         picture = Image.fromarray(made["image"][i])
@@ -112,12 +112,12 @@ def draw_person(cfg, person):
 
 
 def sightings(seed, jobs):
-    """Pictures (person, camera, k) → what they are drawn from: Poses, Identities, Scenes, seeds."""
+    """Pictures (person, camera, k) → what they are drawn from: Poses, people, scenes, seeds."""
     seeds = [seed_of(PICTURE, seed, *job) for job in jobs]
     persons = sorted({person for person, _, _ in jobs})
-    looks = dict(zip(persons, sample_identities(seed, persons).people))
+    looks = dict(zip(persons, sample_identities(seed, persons)))
     scenes = sample_scenes(seed, seeds, camera=[camera for _, camera, _ in jobs])
-    people = Identities([looks[person] for person, _, _ in jobs])
+    people = [looks[person] for person, _, _ in jobs]
     return sample_poses(seed, seeds), people, scenes, seeds
 
 
@@ -168,7 +168,7 @@ def write_lists(cfg, work):
     → counts by folder and split.
     """
     out, counts = Path(cfg.out), Counter()
-    names = list(attributes(sample_identities(0, [0]).people[0]))
+    names = list(attributes(sample_identities(0, [0])[0]))
 
     def of(*splits):
         return (row for row in work.rows() if row["split"] in splits and row["person"] > 0)

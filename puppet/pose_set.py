@@ -16,7 +16,7 @@ from plumbing.config import Key
 from plumbing.errors import UserError
 from plumbing.seeds import PERSON, PICTURE, PROMPT, WORDING, rng_of, seed_of
 from puppet.body import sample_poses, take
-from puppet.figure import Identities, another_like, attributes, render, sample_identities, sentence
+from puppet.figure import another_like, attributes, render, sample_identities, sentence
 from puppet.lift import poses_from_keypoints
 from puppet.scene import sample_scenes
 
@@ -82,7 +82,7 @@ def draw_chunk(cfg, people, units):
         if (made["boxes"][:, 2:] < 1).any():
             rows.append(({}, dict(pose_id=pose, skipped="outside the picture")))
             continue
-        for k, (person, seed) in enumerate(zip(persons.people, seeds)):
+        for k, (person, seed) in enumerate(zip(persons, seeds)):
             about = dict(pose_id=pose, k=k, seed=seed)
             about["caption"] = sentence(person, rng_of(WORDING, seed))
             about["attributes"] = attributes(person)
@@ -101,12 +101,12 @@ def draw_prompts(cfg, units):
         # A seed of its own, not the bare number: task=people draws its people from theirs, and
         # nobody of them may be in a set to pre-train on.
         words = seed_of(PROMPT, cfg.seed, prompt)
-        described = sample_identities(cfg.seed, [words]).people[0]
+        described = sample_identities(cfg.seed, [words])[0]
         caption = sentence(described, rng_of(WORDING, words))
         seeds = [seed_of(PICTURE, cfg.seed, prompt, k, 0) for k in range(cfg.pictures_per_pose)]
         people = [another_like(described, rng_of(PERSON, cfg.seed, seed)) for seed in seeds]
         scenes, size = sample_scenes(cfg.seed, seeds), (cfg.height, cfg.width)
-        made = render(sample_poses(cfg.seed, seeds), Identities(people), scenes, size)
+        made = render(sample_poses(cfg.seed, seeds), people, scenes, size)
         for k, seed in enumerate(seeds):
             about = dict(pose_id=prompt, k=k, seed=seed, caption=caption)
             about["attributes"] = attributes(described)

@@ -3,8 +3,6 @@
 Legend: H, W picture · c a Canvas. Lengths are shares of H or W: any size shows the same place.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 
 from plumbing.seeds import CAMERA, SCENE, rng_of
@@ -14,14 +12,8 @@ from puppet.canvas import patch, texture_bank
 FAMILIES = ["street", "wall", "grass", "indoor", "plaza", "plain"]
 
 
-class Scenes(NamedTuple):
-    """B scenes as plain dicts (see `sample_scenes`)."""
-
-    scenes: list
-
-
 def sample_scenes(seed, keys, camera=None):
-    """keys (B, …) whole numbers → Scenes; scene i depends on (seed, keys[i]) only.
+    """keys (B, …) whole numbers → B scenes; scene i depends on (seed, keys[i]) only.
 
     camera (B,) whole numbers: pictures of one camera share, nearly, background, light and cast.
     """
@@ -30,7 +22,7 @@ def sample_scenes(seed, keys, camera=None):
         rng = rng_of(SCENE, seed, *np.atleast_1d(key))
         fixed = rng if camera is None else rng_of(CAMERA, seed, camera[i])
         out.append(sample_scene(rng, fixed))
-    return Scenes(out)
+    return out
 
 
 def sample_scene(rng, fixed):

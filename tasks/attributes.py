@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 from plumbing.errors import UserError
 from plumbing.seeds import SAMPLE, seed_all
+from tasks.ranking import as_array
 
 THRESHOLD = 0.5  # above it the answer is yes [Rethinking_of_PAR]
 
@@ -74,7 +75,7 @@ def attribute_metrics(probabilities, labels):
     positive_ratio, both (bool).
     Raises UserError for tables of other shapes, and for probabilities that are not finite.
     """
-    p, y = as_table(probabilities), as_table(labels)
+    p, y = as_array(probabilities), as_array(labels)
     if p.shape != y.shape or p.ndim != 2 or p.size == 0:
         found = f"probabilities {p.shape} and labels {y.shape}"
         raise UserError(f"{found} must be two equal tables (pictures, attributes)")
@@ -102,12 +103,6 @@ def attribute_metrics(probabilities, labels):
         "positive_ratio": positive.mean(0),
         "both": both,
     }
-
-
-def as_table(values):
-    if torch.is_tensor(values):
-        values = values.detach().cpu().double()
-    return np.asarray(values)
 
 
 def share(part, whole):

@@ -23,11 +23,7 @@ from plumbing.files import write_npz
 from plumbing.pictures import load_picture
 
 TOKENS = ("cls", "pose", "both", "patch_mean", "patch_max")
-
-
-def reads_pose(choice):
-    """Does `token` or `tokens` use [POSE]? Only then others' weights are given one, untrained."""
-    return choice in ("pose", "both", "add", "add_cls_pose")
+READ_POSE = ("pose", "both")  # for these alone others' weights are given a [POSE], untrained
 
 
 def token_features(tokens, n_special, choice):
@@ -47,7 +43,7 @@ def token_features(tokens, n_special, choice):
 
 def feature_width(encoder, choice):
     """Width of token_features. UserError for a choice that needs [POSE] where there is none."""
-    if choice in ("pose", "both") and encoder.n_special < 2:
+    if choice in READ_POSE and encoder.n_special < 2:
         raise UserError(f"token={choice} needs an encoder with [POSE]; use token=cls or patch_mean")
     return encoder.width * (2 if choice == "both" else 1)
 

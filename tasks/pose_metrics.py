@@ -71,7 +71,6 @@ def oks_nms(poses, scores, areas, sigmas, threshold=0.9):
         best, order = order[0], order[1:]
         keep.append(int(best))
         truth = np.concatenate([poses[best], np.ones((poses.shape[1], 1))], 1)
-        truth = np.broadcast_to(truth, (len(order), *truth.shape))
         pair = (areas[best] + areas[order]) / 2
         order = order[oks(poses[order], truth, pair, sigmas) <= threshold]
     return keep
@@ -101,8 +100,7 @@ def nearest_poses(truth, image_id, found, sigmas):
     for i, image in enumerate(truth.image_id):
         rows = np.flatnonzero(image_id == image)
         if len(rows):
-            goal = np.broadcast_to(truth.keypoints[i], (len(rows), *truth.keypoints[i].shape))
-            near = oks(found[rows][..., :2], goal, np.full(len(rows), truth.area[i]), sigmas)
+            near = oks(found[rows][..., :2], truth.keypoints[i], truth.area[i], sigmas)
             best[i], similar[i] = found[rows[near.argmax()]], near.max()
     return best, similar
 

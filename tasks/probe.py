@@ -120,8 +120,7 @@ def likeness(truth, found, boxes, sigmas):
     area = BOX_AREA * boxes[:, 2:].min(1) / boxes[:, 2:].max(1)  # w · h / max(w, h)²
     similar, right = (np.empty((len(truth), len(far))) for _ in range(2))
     for i, pose in enumerate(truth):
-        each = np.broadcast_to(pose, (len(far), *pose.shape))
-        similar[i] = oks(far, each, np.full(len(far), area[i]), sigmas)
+        similar[i] = oks(far, pose, area[i], sigmas)
         near = np.linalg.norm(far - pose[:, :2], axis=2) <= PCK_REACH
         right[i] = near[:, pose[:, 2] > 0].mean(1)
     return similar, right

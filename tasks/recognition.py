@@ -10,6 +10,7 @@ import torch
 
 from plumbing.diffusion import from_folder_or_hub, whole_model
 from plumbing.errors import UserError
+from tasks.pose_metrics import COCO_SIGMAS, oks
 
 
 def loaded(kind, name, key):
@@ -49,6 +50,16 @@ class PoseEstimator:
         output.heatmaps = output.heatmaps.float()
         found = self.processor.post_process_pose_estimation(output, boxes=lists)
         return [np.stack([joints_of(person) for person in people]) for people in found]
+
+    def agreement(self, picture, boxes, keypoints, areas):
+        """Do generated people keep the pose they were asked for? Not in the paper.
+
+        → OKS (n,) of the poses found in `boxes` (n, 4) with keypoints (n, 17, 3) px; areas (n,).
+        0 for a person without joints.
+        """
+        found = self.find([picture], [boxes])[0][:, :, :2]
+        sigmas = np.array(list(COCO_SIGMAS.values()))
+        return np.nan_to_num(oks(found, keypoints, np.maximum(areas, 1.0), sigmas))
 
 
 def joints_of(person):

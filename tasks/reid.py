@@ -82,8 +82,7 @@ class AugmentedPictures(Dataset):
         pixels = resized(self.people.load(index), self.size)
         if np.random.random() < 0.5:
             pixels = pixels[:, ::-1]
-        border = np.zeros((H + 2 * self.pad, W + 2 * self.pad, 3), np.uint8)
-        border[self.pad : self.pad + H, self.pad : self.pad + W] = pixels
+        border = np.pad(pixels, ((self.pad, self.pad), (self.pad, self.pad), (0, 0)))
         top, left = np.random.randint(0, 2 * self.pad + 1, 2)
         pixels = border[top : top + H, left : left + W].transpose(2, 0, 1)
         pixels = torch.from_numpy(pixels.copy())

@@ -216,7 +216,8 @@ def test_the_rate_of_e_id_falls_to_a_tenth(turned):
 @pytest.fixture(scope="module")
 def parted(pictures, tmp_path_factory):
     """9 steps of SOLIDER, 3 an epoch; after: (momentum, prototypes) after each."""
-    out, after, update = tmp_path_factory.mktemp("solider") / "run", [], solider.update_teacher
+    out, after = tmp_path_factory.mktemp("solider") / "run", []
+    update = solider.parts.update_teacher
 
     def noted_update(teacher, student, momentum):
         after.append((momentum, student.head.last.weight.detach().clone()))
@@ -224,7 +225,7 @@ def parted(pictures, tmp_path_factory):
 
     more = "epochs=3 batch=10 blr=0.02 min_lr=1e-4 clip_grad=0.01 freeze_last_layer=1 patch=16"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(solider, "update_teacher", noted_update)
+        patch.setattr(solider.parts, "update_teacher", noted_update)
         seen = watched(solider, test_solider_runs.arguments(pictures, out, *more.split()), [])
     seen.after, seen.out = after, out
     return seen

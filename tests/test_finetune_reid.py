@@ -238,8 +238,8 @@ def test_rank_0_ranks_with_the_threads_of_all(data, monkeypatch):
         return ranked
 
     monkeypatch.setattr(finetune_reid, "embed", lambda c, m, split, r: split.ids)
-    monkeypatch.setattr(finetune_reid, "evaluate_features", note("plain"))
-    monkeypatch.setattr(finetune_reid, "rank_chunks", note("again"))
+    monkeypatch.setattr(finetune_reid.ranking, "evaluate_features", note("plain"))
+    monkeypatch.setattr(finetune_reid.ranking, "rank_chunks", note("again"))
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
     cfg = finetune_reid.read_config(finetune_reid.KEYS, "", ["rerank=true"])
     torch.set_num_threads(2)

@@ -49,7 +49,7 @@ def test_another_list_of_prompts_is_refused(painter, tmp_path, monkeypatch):
     file.write_text("a man\na lady\na child\na group")
     words = text_words(painter, prompt_file=file, out=tmp_path / "a")
     with monkeypatch.context() as patch:  # stopped after its first record
-        patch.setattr(generate.Progress, "add", lambda *_: 1 / 0)
+        patch.setattr(generate.chunks.Progress, "add", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(patch, *words)
     file.write_text("a lady\na child\na group\na man")
@@ -164,7 +164,7 @@ def test_the_puppets_prompts(tmp_path, monkeypatch):
             assert abs(apart - apart.mean(0)).max() > 0.1  # another pose or view
     assert len(captions) == 6
     # task=people draws its people from bare numbers; nobody of them is in a set to pre-train on.
-    downstream = [attributes(person) for person in sample_identities(0, range(7)).people]
+    downstream = [attributes(person) for person in sample_identities(0, range(7))]
     assert not [rows for rows in groups.values() if rows[0]["attributes"] in downstream]
     # A prompt's pictures depend on the seed and its number alone.
     words = ("poses=1", "first_pose=4", "workers=0", f"out={tmp_path / 'b'}")
@@ -176,7 +176,7 @@ def test_the_puppets_prompts(tmp_path, monkeypatch):
 
 def test_another_like_him_fits_every_sentence():
     """What is told is the same, what is not told differs."""
-    person = sample_identities(0, [3]).people[0]
+    person = sample_identities(0, [3])[0]
     others = [another_like(person, np.random.default_rng(i)) for i in range(20)]
     for other in others:
         assert attributes(other) == attributes(person)

@@ -81,7 +81,7 @@ def test_same_pose_differs_in_everything_else():
 
 def test_a_camera_keeps_its_background():
     keys = [(i,) for i in range(8)]
-    scenes = pp.sample_scenes(0, keys, camera=[0, 0, 0, 0, 1, 1, 1, 1]).scenes
+    scenes = pp.sample_scenes(0, keys, camera=[0, 0, 0, 0, 1, 1, 1, 1])
     assert len({s["family"] + str(s["wall"]) for s in scenes[:4]}) == 1
     assert len({str(s["wall"]) for s in scenes}) == 2
     places = [scene.draw_background(s, 64, 32) for s in scenes]
@@ -230,7 +230,7 @@ def test_clothes_have_the_colour_their_name_says():
     """
     people = [
         p
-        for p in pp.sample_identities(0, [(i,) for i in range(700)]).people
+        for p in pp.sample_identities(0, [(i,) for i in range(700)])
         if p["upper_pattern"] == "plain"
     ]
     people = [
@@ -244,9 +244,9 @@ def test_clothes_have_the_colour_their_name_says():
     for p in people:
         p["hair"], p["bag"] = "short", "none"
     scenes = pp.sample_scenes(0, [(i,) for i in range(60)])
-    for s in scenes.scenes:
+    for s in scenes:
         s.update(cast=np.ones(3, np.float32), noise=0.0, blur=0.0, occluder=None)
-    out = pp.render(poses, pp.Identities(people), scenes, SIZE)
+    out = pp.render(poses, people, scenes, SIZE)
     right = 0
     greys = {"black", "white", "gray"}
     for i, p in enumerate(people):
@@ -265,7 +265,7 @@ def test_clothes_have_the_colour_their_name_says():
 
 def test_attributes_and_sentences_are_true():
     rng = np.random.default_rng(0)
-    people = pp.sample_identities(1, [(p, 0) for p in range(600)]).people
+    people = pp.sample_identities(1, [(p, 0) for p in range(600)])
     table = [pp.attributes(p) for p in people]
     names = list(table[0])
     rates = {n: np.mean([row[n] for row in table]) for n in names}
@@ -312,7 +312,7 @@ def test_attributes_show_in_the_picture():
         pp.sample_poses(0, range(400)), pp.sample_poses(0, range(400)).chest[:, 2, 2] < -0.8
     )
     pose = pp.take(pose, [3])
-    scene, person = pp.sample_scenes(0, [(0,)]), pp.sample_identities(0, [(0,)]).people[0]
+    scene, person = pp.sample_scenes(0, [(0,)]), pp.sample_identities(0, [(0,)])[0]
     person |= dict(
         backpack=False,
         bag="none",
@@ -324,7 +324,7 @@ def test_attributes_show_in_the_picture():
         upper="sweater",
         upper_pattern="plain",
     )
-    base = pp.render(pose, pp.Identities([person]), scene, SIZE)
+    base = pp.render(pose, [person], scene, SIZE)
     for change in (
         dict(backpack=True),
         dict(upper_pattern="striped"),
@@ -334,7 +334,7 @@ def test_attributes_show_in_the_picture():
         dict(sleeves="short"),
         dict(lower="skirt"),
     ):
-        other = pp.render(pose, pp.Identities([person | change]), scene, SIZE)
+        other = pp.render(pose, [person | change], scene, SIZE)
         changed = np.abs(other["image"].astype(int) - base["image"]).max(-1) > 12
         assert changed.sum() > 15, change
         assert np.array_equal(other["keypoints"][..., :2], base["keypoints"][..., :2])
@@ -342,8 +342,8 @@ def test_attributes_show_in_the_picture():
 
 def test_a_logo_shows_in_its_colour_from_the_front_only():
     sampled = pp.sample_poses(0, range(200))
-    person, scene = pp.sample_identities(0, [(0,)]).people[0], pp.sample_scenes(0, [(0,)])
-    scene.scenes[0].update(cast=np.ones(3, np.float32), noise=0.0, blur=0.0, occluder=None)
+    person, scene = pp.sample_identities(0, [(0,)])[0], pp.sample_scenes(0, [(0,)])
+    scene[0].update(cast=np.ones(3, np.float32), noise=0.0, blur=0.0, occluder=None)
     person |= dict(backpack=False, bag="none", hair="short", upper="sweater", sleeves="long")
     person |= dict(
         upper_pattern="plain",
@@ -361,8 +361,7 @@ def test_a_logo_shows_in_its_colour_from_the_front_only():
             shows = 0
             for i in range(10):
                 plain, out = (
-                    pp.render(pp.take(poses, [i]), pp.Identities([p]), scene, SIZE)
-                    for p in (person, logo)
+                    pp.render(pp.take(poses, [i]), [p], scene, SIZE) for p in (person, logo)
                 )
                 changed = np.abs(out["image"].astype(int) - plain["image"]).max(-1) > 25
                 # The trunk, but for soft borders.

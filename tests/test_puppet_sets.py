@@ -140,7 +140,7 @@ def test_people_attributes_and_captions_are_true(people):
         for file, labels, *texts in zip(
             split.files, split.labels, told[kind].texts[::2], told[kind].texts[1::2]
         ):
-            who = puppet.sample_identities(5, [int(Path(file).name[:4])]).people[0]
+            who = puppet.sample_identities(5, [int(Path(file).name[:4])])[0]
             assert dict(zip(names, labels.tolist())) == puppet.attributes(who)
             assert texts[0] != texts[1]
             true = {name for name, label in zip(names, labels) if label}

@@ -136,7 +136,7 @@ def test_dino_loss_is_the_plain_loop():
 
 
 def test_the_head_is_dinos_with_weight_norm():
-    head = solider.Head(6, 8, 5).double()
+    head = solider.parts.Head(6, 8, 5).double()
     norm = nn.utils.parametrizations.weight_norm(nn.Linear(256, 5, bias=False)).double()
     norm.parametrizations.weight.original0.data.fill_(1)
     norm.parametrizations.weight.original1.data.copy_(head.last.weight.data)
