@@ -195,7 +195,8 @@ def annotation(cfg, box, joints, caption, size):
     x, y, w, h = (round(float(v), 2) for v in box[:4])
     row = chunks.person_row(points, [x, y, w, h], w * h)
     row |= dict(keypoint_scores=[round(float(score), 4) for score in joints[:, 2]])
-    row["score"] = round(float(box[4] * joints[:, 2].mean()), 4)  # [HRNet]'s, of all joints
+    # The box's score times the joints' mean; deviates from [HRNet], which means those above .2.
+    row["score"] = round(float(box[4] * joints[:, 2].mean()), 4)
     return row if caption is None else row | dict(caption=caption)
 
 

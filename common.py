@@ -81,7 +81,8 @@ def start_ranks(device="auto", precision="auto"):
 
     On a GPU float32 is float32, in convolutions and LSTMs too: no TF32, which has 10 bits of
     mantissa and which torch allows in these two by default. For speed there is bf16 (see autocast).
-    Raises UserError for a GPU that is not there, and for precision=bf16 on a GPU without it.
+    Raises UserError for a GPU that is not there, for precision=bf16 on a GPU without it, and for
+    what torchrun may not set (RANK that is no number, --max-restarts).
     """
     with errors.reading("RANK and WORLD_SIZE", "what torchrun sets"):
         rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

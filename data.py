@@ -126,7 +126,7 @@ def padded_box(box, padding, size):
 
 
 def grown_region(region, shape, picture_size):
-    """The smallest (x, y, w, h) px around `region` whose w/h is 3/4 to 4/3 of shape.
+    """The smallest (x, y, w, h) whole px around `region` whose w/h is 3/4 to 4/3 of shape.
 
     random_crop can take it whole. Moved into the picture (w, h) where it fits, else it hangs over.
     """
@@ -256,12 +256,12 @@ def part_patches(keypoints, grid, patch_size):
 
 
 def block_mask(noise, grid, budget):
-    """Block mask [HAP, after BEiT] of random rectangles: bool (B, N), at most `budget` True a row.
+    """Block mask [HAP, after BEiT], noise (B, 480) → bool (B, N), at most `budget` True a row.
 
     A round draws up to 10 rectangles: area uniform between 12 patches and what is left of the
     budget (below 12 at the end), aspect log-uniform in [.3, 1/.3], place uniform. It keeps the
-    first that is smaller than the grid in height and in width and adds between 1 and the remaining
-    budget of new patches. A round that keeps none is the last. All pictures run a round together.
+    first that is smaller than the grid in both sides and adds 1 to the remaining budget of new
+    patches (deviates from HAP: an overlap counts once). A round that keeps none is the last.
     """
     (h, w), B = grid, len(noise)
     noise = noise.view(B, BLOCK_ROUNDS, 4, BLOCK_TRIES)
@@ -310,7 +310,7 @@ class PoseBatches(StepSampler):
     A slot holds K pictures of one pose, sampled without replacement, or K pictures without pose
     group. A pose with n pictures fills n // K slots of an epoch; poses with fewer than K are left
     out. With K = 1 poses are not grouped: every picture is a slot. Ranks take whole slots.
-    An epoch takes every slot once, or of each file its share: round(share · slots), spread evenly.
+    An epoch takes every slot once, or of each file its share of the slots, spread evenly.
     A file with fewer slots than its share goes round again in the same order, so that no picture
     meets itself in a batch. The order is a function of (seed, epoch); the last incomplete batch of
     an epoch is dropped.
@@ -318,8 +318,8 @@ class PoseBatches(StepSampler):
     short: pictures left out because their pose has fewer than K. posed: whether an epoch draws any
     picture with a pose group (with gamma_mp, it must).
 
-    Raises UserError where no pose of a file has K pictures, for a share of a file without a slot or
-    one that would put a picture twice into a batch, and when an epoch holds no full batch.
+    Raises UserError where no pose of a file has K pictures, for a batch of no whole poses on a rank
+    or larger than an epoch, and for shares= that put a picture twice into a batch.
     """
 
     def __init__(self, dataset, batch, pictures_per_pose, shares, seed, ranks):

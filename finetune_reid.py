@@ -299,8 +299,8 @@ def draw(cfg, result, query, gallery):
 def predict(cfg, ranks):
     """A folder of pictures, or one → embeddings.npz and, for the first 40 pictures, nearest.png.
 
-    embeddings.npz: files (N,) text, embeddings (N, D) float32 of length 1, nearest (N, 10) row
-    numbers of the most alike others, similarity (N, 10) their cosines.
+    embeddings.npz: files (N,) text, embeddings (N, D) float32 of length 1, nearest (N, k) row
+    numbers of the k = min(10, N − 1) most alike others, similarity (N, k) their cosines.
     """
     shown, columns = 40, 10
     people = read_pictures(cfg.predict)

@@ -102,8 +102,9 @@ def no_autocast(x):
 class GlobalBatchNorm(nn.Module):
     """Batch norm of (B, C) or (B, C, H, W) over all ranks' batches; exact on any number of ranks.
 
-    torch's SyncBatchNorm has no CPU path. Same names, momentum and running statistics as
-    nn.BatchNorm. Every rank must call it equally often; ranks may hold different numbers of rows.
+    torch's SyncBatchNorm has no CPU path. Names, momentum and running statistics: nn.BatchNorm's,
+    without num_batches_tracked. Every rank must call it equally often; ranks may hold different
+    numbers of rows. A single value per channel has no variance: ValueError on one rank, else NaN.
     """
 
     # torch's defaults, as in [StableRep], [ViTPose]

@@ -109,7 +109,7 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x)) * keep[1]
 
     def last_tokens(self, x, n):
-        """forward(x) of the last n tokens alone: (B, T, D) → (B, n, D)."""
+        """forward(x) of the last n ≥ 1 tokens alone: (B, T, D) → (B, n, D)."""
         q, k, v = self.attn.queries_keys_values(self.norm1(x))
         mixed = attention(q[:, :, -n:], k, v).transpose(1, 2).flatten(2)
         x = x[:, -n:] + self.attn.proj(mixed)
@@ -154,9 +154,10 @@ class ViT(nn.Module):
 
     image_size (H, W) in pixels, multiples of patch_size. pos_embed (1, N, D) belongs to the
     patches, special tokens have position zero; fixed in pre-training, trainable downstream.
-    drop_path: rate of the last block, rising linearly from 0 over the depth; needs drop_noise.
+    drop_path: rate of the last block, rising linearly from 0 at the first; needs drop_noise.
     checkpoint_activations: recompute blocks in the backward pass, a fifth slower, far less memory.
-    controller: SOLIDER's, after ¼, ½ and ¾ of the depth; semantic_weight: its λ, None without it.
+    controller: SOLIDER's, after ¼, ½ and ¾ of the depth ≥ 4; semantic_weight: its λ, else None.
+    ValueError for sides, a width or pictures that do not fit patches, heads or the model.
     """
 
     def __init__(
@@ -233,8 +234,11 @@ def load_encoder(path):
     Its output on normalize(pictures) has [CLS] at [:, 0] and, if it has one, [POSE] at [:, 1].
     """
     with safe_open(path, "pt") as file:
-        meta = json.loads(file.metadata()["encoder"])
+        said = (file.metadata() or {}).get("encoder")
+        if said is None:
+            raise ValueError(f"{path} is no encoder.safetensors of this project")
         state = {name: file.get_tensor(name) for name in file.keys()}
+    meta = json.loads(said)
     width, depth, heads, p = (int(meta[name]) for name in ("width", "depth", "heads", "patch_size"))
     size = int(meta["height"]), int(meta["width_px"])
     pose_token, controller = meta["pose_token"] == "True", "semantic_weight" in meta
@@ -251,13 +255,14 @@ class Decoder(nn.Module):
     """[MAE, HAP] Mask tokens follow the visible tokens; positions say where each belongs.
 
     `encoder` is only asked for its shape. The special tokens pass through and are dropped at the
-    end [HAP for [CLS]]; paper silent on [POSE]: pose_in_decoder=False keeps it out.
+    end [HAP for [CLS]]; paper silent on [POSE]: pose_in_decoder=False keeps it out, and L_rec
+    reaches it through the encoder alone, where patches attend to it.
     """
 
     def __init__(self, encoder, width, depth, heads, pose_in_decoder=True):
         super().__init__()
         self.n_special = encoder.n_special if pose_in_decoder else 1
-        self.drop_pose = encoder.n_special == 2 and not pose_in_decoder  # L_rec cannot teach it
+        self.drop_pose = encoder.n_special == 2 and not pose_in_decoder
         self.checkpoint_activations = encoder.checkpoint_activations
         self.embed = nn.Linear(encoder.width, width)
         self.mask_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)  # N(0, .02) [MAE]
@@ -327,13 +332,13 @@ class GenPoCCL(nn.Module):
         """One step of the method.
 
         images (B, 3, H, W) float, ImageNet-normalised. masks: one bool (B, N) per view, True =
-        masked, exactly round(mask_ratio · N) per row; or [None] for one unmasked view.
-        pose_id (B,) int64, −1 = no pose group.
-        → dict: total, rec, align, mp (scalars, this rank's shares: see losses.py); cls, pose
-          (v, B, D) final-norm tokens (pose None without the token); health: a dict of figures for
-          each set of embeddings that meets in L_mp (none without it); pred (v, B, N − V, p·p·3) of
-          the masked patches in grid order (None without decoder); bad (B,) bool: pictures whose
-          output is not finite.
+        masked, exactly round(mask_ratio · N) per row; or [None] for one unmasked view; two where
+        γ1 > 0. pose_id (B,) int64, −1 = no pose group.
+        → dict: total, rec, align, mp (scalars, this rank's shares: see losses.py); special
+          (v, B, S, D) final-norm tokens, of them cls, pose (v, B, D) (None without the token);
+          health: a dict of figures for each set of embeddings that meets in L_mp (none without
+          it); pred (v, B, N − V, p·p·3) of the masked patches in grid order (None without
+          decoder); bad (B,) bool: pictures whose output is not finite.
         """
         # Each picture by itself: tokens, L_rec. Then the whole batch: L_align, L_mp, L.
         return self.contrast(self.reconstruct(images, masks), pose_id)

@@ -343,8 +343,10 @@ def check(cfg):
         both = f"decoder={cfg.decoder} with mask={cfg.mask}"
         raise UserError(f"{both}: L_rec needs masked patches, and masks need L_rec")
     patches = (cfg.height // cfg.patch) * (cfg.width // cfg.patch)
-    if cfg.decoder and round(cfg.mask_ratio * patches) == 0:
-        raise UserError(f"mask_ratio={cfg.mask_ratio} masks none of {patches} patches; raise it")
+    masks = round(cfg.mask_ratio * patches)
+    if cfg.decoder and masks in (0, patches):
+        what = "none of {} patches; raise it" if masks == 0 else "all {} patches; lower it"
+        raise UserError(f"mask_ratio={cfg.mask_ratio} masks {what.format(patches)}")
     if not (cfg.decoder or cfg.gamma_align or cfg.gamma_mp):
         raise UserError("decoder=false and gamma_align=gamma_mp=0 leave no loss; set gamma_mp")
     if cfg.mask == "none" and cfg.views > 1:

@@ -86,7 +86,7 @@ KEYS = dict(
     batch=Key(384, "pictures in a global batch", "[SOLIDER] 48 on each of 8", low=1),
     # model
     pose_token=Key(False, "[POSE] beside [CLS], where init= has it; no loss reads it"),
-    pooled=Key("cls", "what DINO reads: [CLS]; or the patches' mean, then nothing trains [CLS]",
+    pooled=Key("cls", "what DINO reads: [CLS]; or the patches' mean, then no loss reads [CLS]",
                "ours; [SOLIDER] the mean", ("cls", "mean")),
     out_dim=Key(65536, "K, prototypes of DINO's head; fewer on small data", "[DINO]", low=2),
     head_hidden=Key(2048, "hidden width of both heads", "[DINO]", low=1),

@@ -157,7 +157,7 @@ DARK_EDGE, LINK_WIDTH = (20, 20, 20, 170), 2.0  # px of the result
 
 
 def side_of(name):
-    """Joint name → "left", "right" or "middle" ("left_knee", "l_knee" and "lknee" style names)."""
+    """Joint name → "left", "right" or "middle" (as "left_knee" and "l_knee" say it)."""
     name = name.lower()
     for side in ("left", "right"):
         if side in name or name.startswith((side[0] + "_", side[0] + " ", side[0] + "-")):

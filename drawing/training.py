@@ -158,7 +158,7 @@ def heated(image, glow):
 def attention_maps(encoder, images):
     """Last block: attention of each special token to the patches, mean over heads → (B, S, h, w).
 
-    Each map sums to 1 minus what the token gives to the special tokens.
+    Each map sums to 1 minus what the token gives to the special tokens. Without controllers.
     """
     x = encoder.embed(images)
     for block in encoder.blocks[:-1]:

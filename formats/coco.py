@@ -50,7 +50,7 @@ def read_people(annotations, folder=None, limits=Limits()):  # noqa: B008  a tup
     that names the first. Pictures listed with width and height swapped, as in CrowdPose's old
     files, keep their own size.
     → (People, {"bad": [names left out], "bad_boxes": people left out, "turned": pictures listed
-    with sides swapped, "clipped": boxes cut to their picture, "crowds": such rows left out,
+    with sides swapped, "clipped": boxes cut by more than a px, "crowds": such rows left out,
     "scores": it holds scores}).
     Raises UserError: not such a file, ids that do not match or stand twice, a wrong keypoint count,
     a number that is not finite, a visibility that is none, nobody left.

@@ -67,7 +67,7 @@ def read_data(
     of the market layout. train None: no training pictures are wanted.
     → (training Sightings, of real people only, or None; queries; gallery; a sentence about them).
     Raises UserError: missing or empty folders and lists, names without person or camera, damaged
-    pictures, no query with a match.
+    pictures, no query with a match, a gallery of one person.
     """
     root = Path(root)
     if not root.is_dir():

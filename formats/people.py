@@ -22,9 +22,9 @@ class People(NamedTuple):
     folder: str  # picture folder
     files: np.ndarray  # (N,) bytes, path below `folder`
     size: np.ndarray  # (N, 2) int32, width and height of the picture
-    boxes: np.ndarray  # (N, 4) float32, x y w h px, inside the picture
+    boxes: np.ndarray  # (N, 4) float32, x y w h px; MPII's and detectors' may hang over the picture
     keypoints: np.ndarray  # (N, K, 3) float32, x y px and 0 missing / 1 hidden / 2 visible
-    pose_id: np.ndarray  # (N,) int64, pictures of one pose share it; -1 = no pose group
+    pose_id: np.ndarray  # (N,) int64, pictures of one pose share it; below 0 = no pose group
     annotation_id: np.ndarray  # (N,) int64
     image_id: np.ndarray  # (N,) int64
     area: np.ndarray  # (N,) float32 px²

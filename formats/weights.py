@@ -85,8 +85,9 @@ def load_pretrained(vit, state, path, grid=None):
     encoder.safetensors); path: for messages. grid: (h, w) the weights were trained at, where known;
     otherwise the usual guess: square, else h = 2w. Layer scale is folded into the weights before
     it. A single register becomes [POSE].
-    → (used, unused, missing): the file's names that were used and that were not, and our names the
-    file had nothing for ([POSE] is missing in files without a register and keeps its start).
+    → (used, unused, missing): the file's names (transformers': as converted to timm's) that were
+    used and that were not, and our names the file had nothing for ([POSE] is missing in files
+    without a register and keeps its start).
     Raises UserError where depth, width or patch size differ, and for unused weights without which
     the encoder would compute something else. Nothing is copied before all is checked.
     """

@@ -151,9 +151,12 @@ def checked(name, value, key, where):
             return os.path.expanduser(item) if str(item).startswith("~/") else str(item)
         if isinstance(item, str):
             try:
-                item = float(item) if kind is float else yaml.safe_load(item)
+                digits = item.strip().lstrip("+-").isdigit()  # 010 is 10, not 8 as in YAML
+                number = int if digits and kind is int else float
+                item = yaml.safe_load(item) if kind is bool else number(item)
             except (ValueError, RecursionError, yaml.YAMLError):
-                raise wrong("a number" if kind is not bool else "true or false") from None
+                expected = {bool: "true or false", int: "a whole number", float: "a number"}
+                raise wrong(expected[kind]) from None
         if kind is bool:
             if not isinstance(item, bool):
                 raise wrong("true or false")

@@ -40,7 +40,7 @@ KEYS = dict(
     persons_test=Key(750, "people: more of them, in query and gallery", "[Market-1501]", low=1),
     cameras=Key(6, "people: cameras; everyone is seen by all", "[Market-1501]", low=2),
     pictures_per_camera=Key(3, "people: pictures of a person by a camera",
-                            "[Market-1501] on average", low=2),
+                            "near [Market-1501]'s average", low=2),
 )  # fmt: skip
 
 FOLDERS = ("bounding_box_train", "query", "bounding_box_test")

@@ -62,7 +62,7 @@ def to_input(matrix, xy):
 def warp(picture, matrix, size):
     """The input (H, W, 3) uint8 that `matrix` cuts from a PIL picture; bilinear, black outside.
 
-    deviates from [HRNet]: a picture more than twice as large as needed is first shrunk by a whole
+    deviates from [HRNet]: a picture at least twice as large as needed is first shrunk by a whole
     factor, which avoids aliasing.
     """
     H, W = size
@@ -93,8 +93,9 @@ def lower_body(joints):
 def half_body(keypoints, lower, aspect, rng):
     """Region of the upper or the lower half [HRNet] → (centre, extent), or None.
 
-    The box of the half's joints, × 1.5, widened to the aspect. None with at most 8 visible
-    joints. keypoints (K, 3) px; lower (K,) bool; rng has a random().
+    The extent of the half's joints × 1.5, widened to the aspect, around their mean. None with at
+    most 8 visible joints, or where the half has no width or height. keypoints (K, 3) px; lower (K,)
+    bool; rng has a random().
     The upper half comes with probability .69: HRNet and ViTPose ask if a normal number is below .5.
     """
     seen = keypoints[:, 2] > 0
@@ -178,6 +179,8 @@ class PoseModel(nn.Module):
 
     Special tokens: none: the encoder sees patches alone [ViTPose, HAP]; drop: patches attend to
     them, the head does not see them; add [POSE] to every patch; add_cls_pose: add both.
+    none takes them out of the given encoder; encoder.safetensors keeps them, untrained.
+    UserError for [POSE] of an encoder without it.
     """
 
     def __init__(self, encoder, head, tokens):
@@ -254,8 +257,8 @@ def heat_maps(keypoints, size, map_size, sigma=2.0):
     deviates from [HRNet]: Gaussians are not cut off at 3σ (there they are 0.011).
     """
     (H, W), (h, w) = size, map_size
-    mu_x = keypoints[..., 0] * ((w - 1) / (W - 1))  # heat-map px
-    mu_y = keypoints[..., 1] * ((h - 1) / (H - 1))
+    xy = torch.where(keypoints[..., 2:] > 0, keypoints[..., :2], 0.0)  # a missing one may be NaN
+    mu_x, mu_y = xy[..., 0] * ((w - 1) / (W - 1)), xy[..., 1] * ((h - 1) / (H - 1))  # heat-map px
     inside = (mu_x > -3 * sigma) & (mu_x < w - 1 + 3 * sigma)
     inside &= (mu_y > -3 * sigma) & (mu_y < h - 1 + 3 * sigma)
     x, y = (torch.arange(n, device=mu_x.device, dtype=mu_x.dtype) for n in (w, h))
@@ -280,7 +283,7 @@ def decode(heat, size, blur=11):
     A Newton step on the blurred map's logarithm from its highest pixel: μ = m − H⁻¹ ∇ [DARK];
     blur 11 px, σ 2 [ViTPose].
     deviates from [ViTPose]: zeros beyond the border, not a mirror image, which pulls joints near
-    it by up to 2 px.
+    it by up to 1.4 heat-map px along an axis, where zeros do by up to .8. blur is odd.
     """
     heat = heat.float()
     (B, K, h, w), (H, W) = heat.shape, size

@@ -48,8 +48,9 @@ def ranking_metrics(distance, query_ids, query_cams, gallery_ids, gallery_cams):
     distance (Q, G) any float, smaller = more alike; ids and cameras (Q,) and (G,) whole numbers;
     arrays or tensors.
     Each query drops the gallery pictures of its person from its camera, and all of person -1
-    (junk). Person 0 (distractors) stays, a wrong answer to every query. Of equal distances the
-    earlier gallery picture comes first.
+    (junk). Person 0 (distractors) stays, a wrong answer to every query: no query may be of person 0
+    where 0 means distractors (finetune_reid.py sees to it). Of equal distances the earlier gallery
+    picture comes first.
     AP is by rank, 1/m Σ_k k / rank_k, as in MALE, TransReID and torchreid. Market-1501's own MATLAB
     code takes the area under the precision-recall curve by trapezia, which is a little lower.
     A query without a match is left out of all means and counted.
@@ -87,7 +88,7 @@ def rank_chunks(chunks, query_ids, query_cams, gallery_ids, gallery_cams):
             raise UserError(f"{shape} do not fit {Q} queries and {G} gallery pictures")
         seen = first + len(distance)
         for q, row in enumerate(distance, first):
-            if np.isnan(row.sum()):
+            if np.isnan(row).any():
                 raise UserError(f"distances of query {q} are not numbers")
             row = row[kept] if len(kept) < G else row
             same = members.get(int(query_ids[q]), nobody)
@@ -165,7 +166,7 @@ def as_float32(features):
 
 
 def nearest_others(z, k):
-    """z (N, D) of length 1 → (N, k) rows of the nearest others, nearest first; their cosines."""
+    """z (N, D) of length 1, k < N → (N, k) rows of the nearest others, nearest first; cosines."""
     nearest, similarity = np.empty((len(z), k), np.int64), np.empty((len(z), k), np.float32)
     for first, distance in distance_chunks(z, z):
         rows = np.arange(len(distance))

@@ -190,7 +190,8 @@ def retrieval_metrics(v, t, image_ids, text_ids):
     precision-recall curve by trapezia, which is never larger: compare R@k with theirs, not mAP.
 
     v (N, E), t (C, E) float32 of length 1; ids (N,), (C,) whole numbers. → dict of fractions
-    `t2i_R1` … `i2t_mAP`, and "ap" (C,), the average precision of each caption.
+    `t2i_R1` … `i2t_mAP`, and "ap" (C,), the average precision of each caption. A query without an
+    answer is left out of all means (its ap is NaN); UserError where none has one.
     """
     # ReID gives the ids 0 and −1 a meaning of their own: here people are counted from 1.
     both = np.concatenate([image_ids, text_ids])

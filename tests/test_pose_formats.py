@@ -13,6 +13,7 @@ from pose_runs import DATA, QUICK, mpii_list, mpii_mat, needs_data, people_file,
 from formats import keypoints as readers
 from formats.coco import Limits
 from formats.joints import COCO_JOINTS
+from plumbing.errors import UserError
 from tasks import pose_metrics as metrics
 
 pytestmark = pytest.mark.usefixtures("small_pose")
@@ -88,6 +89,11 @@ def test_picture_names_of_any_language(tmp_path):
     )
     people, _, _ = readers.read_boxes(tmp_path / "boxes.json", images, people, Limits())
     assert people.files[0].decode() == "Zoë.png" and people.size.tolist() == [[80, 120]]
+
+
+def test_a_picture_folder_of_mpii_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere/.* is missing, named by"):
+        readers.read_truth(mpii_list(tmp_path), f"{tmp_path}/nowhere")
 
 
 def test_ids_as_text_and_rows_of_other_categories_change_no_figure(dots, tmp_path):

@@ -182,3 +182,12 @@ def test_loss_matches_a_loop():
     (gradient,) = torch.autograd.grad(loss, pred)
     (wanted,) = torch.autograd.grad(expected, pred)
     assert torch.allclose(gradient, wanted, rtol=1e-10, atol=0)
+
+
+def test_a_missing_joint_may_be_anything():
+    keypoints = torch.tensor([[[math.nan, 3.0, 0.0], [20.0, 30.0, 2.0]]])
+    maps, weight = pose.heat_maps(keypoints, (64, 48), (16, 12))
+    pred = torch.rand(1, 2, 16, 12, requires_grad=True)
+    pose.heat_map_loss(pred, maps, weight).backward()
+    assert weight.tolist() == [[0, 1]]
+    assert (pred.grad[:, 0] == 0).all() and (pred.grad[:, 1] != 0).all()

@@ -40,6 +40,7 @@ from plumbing.errors import UserError
         (["blr=.nan"], "key blr"),
         (["box_padding=inf"], "key box_padding"),
         (["mask_ratio=0.01"], "masks none"),
+        (["mask_ratio=0.95", "patch=16"], "masks all 8 patches; lower it"),
         (["decoder=false", "mask=none", "views=1", "gamma_align=0", "gamma_mp=0"], "no loss"),
         (["out="], "out= is empty"),
         (["--cfg=nowhere.yaml"], "cannot read nowhere.yaml"),

@@ -241,6 +241,17 @@ def test_command_lines():
             assert (said is None) == (word in ("out=\0", "out=a=b", "annotations=[")), word
 
 
+def test_whole_numbers_are_decimal():
+    """YAML 1.1 reads 010 as 8 and 1:30 as 90: on the command line nobody means that."""
+    given = ["seed=010", "batch=1e3", "views=+2", "shares=010,2", "workers=2.0"]
+    cfg = read_config(pretrain.KEYS, "", given)
+    assert (cfg.seed, cfg.batch, cfg.views, cfg.shares, cfg.workers) == (10, 1000, 2, [10, 2], 2)
+    assert read_config(pretrain.KEYS, "", [f"seed={2**62 + 1}"]).seed == 2**62 + 1  # no float holds
+    for word in ("seed=1:30", "seed=0x10", "seed=1.5", "seed=²", "seed=true"):
+        with pytest.raises(UserError, match="key seed .* must be a whole number"):
+            read_config(pretrain.KEYS, "", [word])
+
+
 def test_a_tilde_is_the_home_folder_in_a_yaml_too(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "x.yaml").write_text("out: ~/run\nannotations: [~/a.json, b~/c.json]\n")
