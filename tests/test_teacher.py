@@ -17,7 +17,7 @@ def test_the_teacher_moves_after_every_step(tmp_path, monkeypatch, name):
     """θ_t ← m θ_t + (1 − m) θ_s, m on half a cosine up to 1."""
     path = write_set(tmp_path / "set", n_poses=8, per_pose=4)
     script, moves = importlib.import_module(f"baselines.{name}"), []
-    place, real = script if name == "solider" else parts, parts.update_teacher
+    real = parts.update_teacher
 
     def watched(teacher, student, momentum):
         before = [p.detach().clone() for p in teacher.parameters()]
@@ -27,7 +27,7 @@ def test_the_teacher_moves_after_every_step(tmp_path, monkeypatch, name):
             torch.testing.assert_close(new.detach(), expected, rtol=1e-5, atol=1e-7)
         moves.append(momentum)
 
-    monkeypatch.setattr(place, "update_teacher", watched)
+    monkeypatch.setattr(parts, "update_teacher", watched)
     keys = [f"annotations={path}", f"out={tmp_path}/run", "batch=8", "epochs=1", "device=cpu"]
     keys += "size=tiny height=64 width=32 local_height=32 local_width=16 workers=0".split()
     keys += "warmup_epochs=0 precision=fp32".split()
