@@ -224,6 +224,7 @@ def main():
                 log.flush()
                 prepare(step + 1)
             if log.saves(step):
+                log.flush()  # never save a broken model
                 others = dict(for_d=for_d.state_dict(), for_id=for_id.state_dict())
                 encoder = model.e_id.encoder
                 save(cfg.out, encoder, model, for_g, step + 1, report=report, **others)
