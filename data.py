@@ -260,8 +260,8 @@ def block_mask(noise, grid, budget):
 
     A round draws up to 10 rectangles: area uniform between 12 patches and what is left of the
     budget (below 12 at the end), aspect log-uniform in [.3, 1/.3], place uniform. It keeps the
-    first that is smaller than the grid in both sides and adds 1 to the remaining budget of new
-    patches (deviates from HAP: an overlap counts once). A round that keeps none is the last.
+    first that is smaller than the grid in both sides and adds at least one new patch, at most what
+    is left (deviates from HAP: an overlap counts once). A round that keeps none is the last.
     """
     (h, w), B = grid, len(noise)
     noise = noise.view(B, BLOCK_ROUNDS, 4, BLOCK_TRIES)
@@ -319,7 +319,7 @@ class PoseBatches(StepSampler):
     picture with a pose group (with gamma_mp, it must).
 
     Raises UserError where no pose of a file has K pictures, for a batch of no whole poses on a rank
-    or larger than an epoch, and for shares= that put a picture twice into a batch.
+    or larger than an epoch, and for shares= that fit no files or put a picture twice into a batch.
     """
 
     def __init__(self, dataset, batch, pictures_per_pose, shares, seed, ranks):

@@ -332,8 +332,8 @@ class GenPoCCL(nn.Module):
         """One step of the method.
 
         images (B, 3, H, W) float, ImageNet-normalised. masks: one bool (B, N) per view, True =
-        masked, exactly round(mask_ratio · N) per row; or [None] for one unmasked view; two where
-        γ1 > 0. pose_id (B,) int64, −1 = no pose group.
+        masked, exactly round(mask_ratio · N) per row; or [None] for one unmasked view; γ1 > 0
+        needs two views. pose_id (B,) int64, −1 = no pose group.
         → dict: total, rec, align, mp (scalars, this rank's shares: see losses.py); special
           (v, B, S, D) final-norm tokens, of them cls, pose (v, B, D) (None without the token);
           health: a dict of figures for each set of embeddings that meets in L_mp (none without

@@ -158,7 +158,8 @@ def heated(image, glow):
 def attention_maps(encoder, images):
     """Last block: attention of each special token to the patches, mean over heads → (B, S, h, w).
 
-    Each map sums to 1 minus what the token gives to the special tokens. Without controllers.
+    Each map sums to 1 minus what the token gives to the special tokens. SOLIDER's controllers
+    are left out.
     """
     x = encoder.embed(images)
     for block in encoder.blocks[:-1]:

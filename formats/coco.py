@@ -14,7 +14,7 @@ import numpy as np
 from formats.joints import COCO_CATEGORY, flip_ids, joint_name
 from formats.joints import other_joints as other_joints  # readers of COCO files take it from here
 from formats.people import MIN_SCORE as MIN_SCORE  # readers of COCO files take it from here
-from formats.people import Limits, People, leave_out, read_folder
+from formats.people import Limits, People, folder_beside, leave_out, read_folder
 from plumbing.errors import UserError, and_more, reading
 from plumbing.files import read_json, regular, write_atomic
 from plumbing.pictures import find_bad_pictures, picture_fault
@@ -60,9 +60,7 @@ def read_people(annotations, folder=None, limits=Limits()):  # noqa: B008  a tup
         return read_folder(path, limits)
     with reading(path, "COCO people") as place:
         people, rows, scores = parse(path, limits, place)
-    if not folder:
-        folder = path.parent / "images" if (path.parent / "images").is_dir() else path.parent
-    people = people._replace(folder=str(folder))
+    people = people._replace(folder=str(folder or folder_beside(path)))
     joints = (people.keypoints[:, :, 2] > 0).sum(1) * (rows["num_keypoints"] != 0)
     keep = (rows["iscrowd"] == 0) & (joints >= limits.min_joints)
     people = people if keep.all() else people.take(keep)

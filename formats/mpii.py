@@ -4,11 +4,10 @@ Legend: N people. Frame: px, pixel centres at whole numbers; MPII's own files co
 """
 
 import os
-from pathlib import Path
 
 import numpy as np
 
-from formats.people import measured, people_at
+from formats.people import folder_beside, measured, people_at
 from plumbing.errors import UserError, reading
 from plumbing.files import read_json, read_mat
 
@@ -28,9 +27,7 @@ def read_mpii(path, folder, limits):
     box lies beyond the picture, or which hold a NaN, are left out.
     → (People, notes of formats.coco.read_people and "rows": how many rows the list has).
     """
-    if not folder:
-        folder = Path(path).parent
-        folder = folder / "images" if (folder / "images").is_dir() else folder
+    folder = folder or folder_beside(path)
     files, boxes, keypoints = [], [], []
     with reading(path, "MPII's list") as place:
         for n, row in enumerate(read_json(path), 1):

@@ -4,6 +4,7 @@ Legend: N people · K joints. Frame: pixel centres at whole numbers; boxes are x
 """
 
 import os
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -55,6 +56,12 @@ class Limits(NamedTuple):
         if n <= (allowed or 0):
             return ""
         return "mend it" if allowed is None else f"mend it or allow {key}={n}"
+
+
+def folder_beside(path):
+    """Where a list's pictures are when no key says: `images` beside it, or its own folder."""
+    images = Path(path).parent / "images"
+    return images if images.is_dir() else images.parent
 
 
 def read_folder(path, limits):

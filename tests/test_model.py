@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from small_models import GRID, SIDE, D, N, P, close, encoder, pictures
 
 import losses
@@ -46,6 +47,12 @@ def test_positions_against_loops():
                 expected = [f(v * omega) for v in (column, row) for f in (torch.sin, torch.cos)]
                 got = table[row * GRID[1] + column][i :: D // 4]
                 close(got, torch.stack(expected))
+
+
+def test_a_file_that_is_no_encoder_of_ours_is_named(tmp_path):
+    save_file({"w": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors is no encoder.safetensors of this"):
+        model.load_encoder(tmp_path / "other.safetensors")
 
 
 def test_embedding_is_the_convolution():

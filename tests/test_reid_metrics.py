@@ -76,6 +76,8 @@ def test_metrics_refuse_what_has_no_answer():
         ranking_metrics(np.zeros((2, 2)), [1], [1], [1, 2], [2, 1])
     with pytest.raises(UserError, match="query 0 are not numbers"):
         ranking_metrics(np.array([[0.0, np.nan]]), [1], [1], [1, 2], [2, 1])
+    far = ranking_metrics(np.array([[np.inf, 0.1, -np.inf]]), [1], [1], [1, 2, 3], [2, 2, 2])
+    assert far["mAP"] == pytest.approx(1 / 3)  # infinities are distances
     good = dict(distance=np.eye(3), query_ids=[1, 2, 3], query_cams=[1] * 3)
     good |= dict(gallery_ids=[1, 2, 3], gallery_cams=[2] * 3)
     assert ranking_metrics(**good)["unmatched"] == 0
